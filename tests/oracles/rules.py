@@ -1,0 +1,111 @@
+"""What happens inside the subspace: R (a gradient seen in it) and lr in, the step D out, so that W -= scale * up(D)."""
+
+import numpy as np
+
+from .subspace import Array, Basis, carry
+
+
+class Adam:
+    """M ← β1 M + (1-β1) R;  V ← β2 V + (1-β2) R²;  D = lr M̂ / (√V̂ + ε)."""
+
+    def __init__(self, betas=(0.9, 0.999), eps=1e-8, hf=False):
+        self.betas, self.eps, self.hf = betas, eps, hf
+        self.M, self.V, self.k = 0.0, 0.0, 0
+
+    def corrections(self) -> tuple[float, float]:
+        return 1 - self.betas[0] ** self.k, 1 - self.betas[1] ** self.k
+
+    def carry(self, c: Basis, moments: str) -> None:
+        self.M, self.V = carry(self.M, self.V, c, moments, self.corrections())
+
+    def step(self, R: Array, lr: float) -> Array:
+        b1, b2 = self.betas
+        self.k += 1
+        self.M = b1 * self.M + (1 - b1) * R
+        self.V = b2 * self.V + (1 - b2) * R**2
+        c1, c2 = self.corrections()
+        if self.hf:  # the old Hugging Face AdamW, behind every GaLore-derived repository: ε is not bias-corrected
+            return lr * np.sqrt(c2) / c1 * self.M / (np.sqrt(self.V) + self.eps)
+        return lr * (self.M / c1) / (np.sqrt(self.V / c2) + self.eps)
+
+
+class Lion:
+    """D = lr sign(β1 M + (1-β1) R);  M ← β2 M + (1-β2) R.  `signed=False` leaves the sign to be taken after `up`."""
+
+    def __init__(self, betas=(0.9, 0.99), signed=True):
+        self.betas, self.signed = betas, signed
+        self.M = 0.0
+
+    def carry(self, c: Basis, moments: str) -> None:
+        self.M = self.M if moments == "keep" else c.down(self.M)
+
+    def step(self, R: Array, lr: float) -> Array:
+        b1, b2 = self.betas
+        u = b1 * self.M + (1 - b1) * R
+        self.M = b2 * self.M + (1 - b2) * R
+        return lr * (np.sign(u) if self.signed else u)
+
+
+class Momentum:
+    """M ← β M + R;  D = lr M  (torch.optim.SGD's)."""
+
+    def __init__(self, beta=0.9):
+        self.beta = beta
+        self.M = 0.0
+
+    carry = Lion.carry
+
+    def step(self, R: Array, lr: float) -> Array:
+        self.M = self.beta * self.M + R
+        return lr * self.M
+
+
+def rms(X: Array) -> float:
+    return np.sqrt(np.mean(X**2))
+
+
+class FactoredSecondMoment:
+    """Adafactor (1804.04235): V ≈ row ⊗ col / mean(row), with β2 = 1 - k^(-decay)."""
+
+    def __init__(self, decay=0.8, eps=1e-30):
+        self.decay, self.eps = decay, eps
+        self.row, self.col, self.k = 0.0, 0.0, 0
+
+    def normalise(self, X: Array) -> Array:  # X / √V
+        self.k += 1
+        b2 = 1 - self.k**-self.decay
+        self.row = b2 * self.row + (1 - b2) * (X**2 + self.eps).mean(-1)
+        self.col = b2 * self.col + (1 - b2) * (X**2 + self.eps).mean(-2)
+        return X / np.sqrt(np.outer(self.row, self.col) / self.row.mean())
+
+
+class Adafactor:
+    """U = R/√V clipped to RMS 1;  M ← β1 M + (1-β1) lr U;  D = M (or lr U where β1 is None)."""
+
+    def __init__(self, beta1=None, decay=0.8, eps=1e-30, clip=1.0):
+        self.beta1, self.clip = beta1, clip
+        self.second, self.M = FactoredSecondMoment(decay, eps), 0.0
+
+    def carry(self, c: Basis, moments: str) -> None:
+        if moments == "keep":
+            return
+        self.M = self.M if self.beta1 is None else c.down(self.M)
+
+    def step(self, R: Array, lr: float) -> Array:
+        U = self.second.normalise(R)
+        U = lr * U / max(1.0, rms(U) / self.clip)
+        if self.beta1 is None:
+            return U
+        self.M = self.beta1 * self.M + (1 - self.beta1) * U  # lr inside the momentum, as Hugging Face's Adafactor
+        return self.M
+
+
+def transform(name: str, D: Array, R: Array) -> Array:
+    """The step made to agree in sign with the gradient."""
+    if name == "grams":
+        return np.sign(R) * abs(D)
+    if name == "cautious":  # 2411.16085
+        agree = D * R > 0
+        return D * agree / max(agree.mean(), 1e-3)
+    assert name == "none", name
+    return D
