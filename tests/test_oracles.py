@@ -44,13 +44,13 @@ def official(name, W0, settings, signs):
     if name == "osd":
         return OnlineSubspaceDescentOracle(W0, eps=1e-6, official=True, **settings)
     if name == "osd_lion":
-        return OnlineSubspaceDescentOracle(W0, rule=Lion(signed=False), sign_after_up=True, official=True, **settings)
+        return OnlineSubspaceDescentOracle(W0, rule=Lion(), official=True, **settings)
     basis = flipped_at_refresh(signs, settings["rank"], settings["update_proj_gap"])
     if name == "lrwn":
         return OfficialGradNormLoRPOracle(W0, basis=basis, **settings)
     if name == "galore":
         return GaLoreOracle(W0, eps=1e-6, basis=basis, official=True, **settings)
-    rule = Adafactor(settings.pop("beta1"))
+    rule = Adafactor(settings.pop("beta1"), official=True)
     return GaLoreOracle(W0, rule=rule, basis=basis, official=True, decay_after=False, **settings)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .rules import Adam, transform
+from .rules import Adam, Lion, transform
 from .subspace import Basis, side_of, svd_basis
 
 
@@ -45,4 +45,5 @@ class GaLoreOracle:
         if old is not None and self.basis is not old:
             self.rule.carry(old.change(self.basis), self.moments)
         R = self.basis.down(G)
-        return self.scale * self.basis.up(transform(self.transform, self.rule.step(R, lr), R))
+        U = self.basis.up(transform(self.transform, self.rule.step(R, lr), R))
+        return lr * np.sign(U) if isinstance(self.rule, Lion) else self.scale * U

@@ -32,18 +32,16 @@ class OnlinePCA:
 class OnlineSubspaceDescentOracle(GaLoreOracle):
     """`first_basis` replaces the singular Basis of the first gradient; the basis drifts, so moments are always kept.
 
-    Official: AdamW on the basis with lr = (1/T) lr_t / lr_0 and decay 0.01, and for Lion (`sign_after_up`) the sign of
-    the back-projected update, in which `scale` is lost.
+    Official: AdamW on the basis with lr = (1/T) lr_t / lr_0 and decay 0.01.
     """
 
     def __init__(
         self, W0, *, lr, rank=None, basis_lr=5e-3, update_proj_gap=200, proj_type="std", first_basis=None,
-        sign_after_up=False, official=False, **settings,
+        official=False, **settings,
     ):  # fmt: skip
         super().__init__(W0, lr=lr, moments="keep", basis=lambda G, t: self.basis, official=official, **settings)
         self.first_basis = first_basis or (lambda G: svd_basis(G, side_of(self.W.shape, proj_type), rank))
         self.pca = {"basis_lr": 1 / update_proj_gap, "weight_decay": 0.01} if official else {"basis_lr": basis_lr}
-        self.sign_after_up = sign_after_up
 
     def step(self, G, lr=None):
         if self.t == 0:
@@ -56,7 +54,3 @@ class OnlineSubspaceDescentOracle(GaLoreOracle):
                 if online is not None:
                     online.step(X, ratio)
         self.basis = Basis(*(None if online is None else online.B for online in self.online))
-
-    def update(self, G, lr):
-        U = super().update(G, lr)
-        return lr * np.sign(U) if self.sign_after_up else U

@@ -30,10 +30,10 @@ class Adam:
 
 
 class Lion:
-    """D = lr sign(β1 M + (1-β1) R);  M ← β2 M + (1-β2) R.  `signed=False` leaves the sign to be taken after `up`."""
+    """D = β1 M + (1-β1) R;  M ← β2 M + (1-β2) R;  W -= lr sign(up(D)), whatever the scale."""
 
-    def __init__(self, betas=(0.9, 0.99), signed=True):
-        self.betas, self.signed = betas, signed
+    def __init__(self, betas=(0.9, 0.99)):
+        self.betas = betas
         self.M = 0.0
 
     def carry(self, c: Basis, moments: str) -> None:
@@ -43,7 +43,7 @@ class Lion:
         b1, b2 = self.betas
         u = b1 * self.M + (1 - b1) * R
         self.M = b2 * self.M + (1 - b2) * R
-        return lr * (np.sign(u) if self.signed else u)
+        return u
 
 
 class Momentum:
@@ -80,24 +80,25 @@ class FactoredSecondMoment:
 
 
 class Adafactor:
-    """U = R/√V clipped to RMS 1;  M ← β1 M + (1-β1) lr U;  D = M (or lr U where β1 is None)."""
+    """U = R/√V clipped to RMS 1;  M ← β1 M + (1-β1) U;  D = lr M.  Official: M ← β1 M + (1-β1) lr U;  D = M."""
 
-    def __init__(self, beta1=None, decay=0.8, eps=1e-30, clip=1.0):
-        self.beta1, self.clip = beta1, clip
-        self.second, self.M = FactoredSecondMoment(decay, eps), 0.0
+    def __init__(self, beta1=0.9, decay=0.8, clip=1.0, official=False):
+        self.beta1, self.clip, self.official = beta1, clip, official
+        self.second, self.M = FactoredSecondMoment(decay), 0.0
 
     def carry(self, c: Basis, moments: str) -> None:
-        if moments == "keep":
-            return
-        self.M = self.M if self.beta1 is None else c.down(self.M)
+        self.M = self.M if moments == "keep" else c.down(self.M)
+        if moments == "project_aware":  # only a projected dimension changes coordinates
+            rows, columns = c.squared()
+            self.second.row = self.second.row if rows is None else rows.T @ self.second.row
+            self.second.col = self.second.col if columns is None else columns.T @ self.second.col
 
     def step(self, R: Array, lr: float) -> Array:
         U = self.second.normalise(R)
-        U = lr * U / max(1.0, rms(U) / self.clip)
-        if self.beta1 is None:
-            return U
-        self.M = self.beta1 * self.M + (1 - self.beta1) * U  # lr inside the momentum, as Hugging Face's Adafactor
-        return self.M
+        U /= max(1.0, rms(U) / self.clip)
+        inside, outside = (lr, 1.0) if self.official else (1.0, lr)
+        self.M = self.beta1 * self.M + (1 - self.beta1) * inside * U
+        return outside * self.M
 
 
 def transform(name: str, D: Array, R: Array) -> Array:
