@@ -1,0 +1,34 @@
+"""Train large models with little memory: gradient-projection optimizers for PyTorch."""
+
+from .engine import SubspaceOptimizer
+from .groups import param_groups
+from .kernels.select import available as backends
+from .optimizers import OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
+from .projectors import SVD, OnlinePCA, Projector, RandomProjection
+from .rules import Adafactor, Adam, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPTIMIZERS",
+    "SVD",
+    "Adafactor",
+    "Adam",
+    "CompressedAdafactor",
+    "Flora",
+    "GaLore",
+    "GradNormLoRP",
+    "Grams",
+    "Lion",
+    "Momentum",
+    "OnlinePCA",
+    "OnlineSubspaceDescent",
+    "Projector",
+    "RandomProjection",
+    "Rule",
+    "SubspaceOptimizer",
+    "WeightNormAdam",
+    "backends",
+    "create",
+    "param_groups",
+]

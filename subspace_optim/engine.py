@@ -1,0 +1,420 @@
+"""The engine: a torch optimizer that steps buckets of equal tensors through projector, rule and kernel.
+
+One step, in six hops:
+    1. step        the closure runs with gradients enabled, everything else without
+    2. _collect    tensor → Plan → Bucket; everything that can be refused is refused here, before anything changes
+    3. _refresh    on schedule steps only: new bases, and the moments carried into them
+    4. rule.step_  picks state and hyperparameters for the kernel
+    5. kernel      project, moments, transform, back-project, decay, one write of the parameter
+    6. advance_    a projector that learns from every gradient does so
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.optim import Optimizer
+
+from . import philox
+from .hyperparameters import KEYS, canonical, check, nearest
+from .kernels import select
+from .projectors import UNSET, Projector
+from .rules import Adam, Rule
+from .types import Bucket, Hyper, Plan, State, make_plan
+
+GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class SubspaceOptimizer(Optimizer):
+    """Any projector with any rule and transform, as a torch optimizer.
+
+    R = project(G); N = transform(rule(R)); W ← (1 - lr·λ) W - lr·scale·back(N); a dense tensor takes an AdamW step.
+
+    Args:
+        params: tensors, (name, tensor) pairs or groups of them. A group may set every key of `KEYS` for itself. If any
+            group names a `rank`, a group that does not is dense.
+        projector: which subspace; None leaves every tensor dense.
+        rule: what happens inside it.
+        transform: none, grams (sign of the gradient, size of the update) or cautious (only where they agree).
+        lr: learning rate ≥ 0, a float or a 0-d tensor.
+        betas: decay rates of the moments, in [0, 1); the rule's own by default.
+        eps: added to √V̂, ≥ 0.
+        weight_decay: λ ≥ 0, decoupled.
+        scale: α > 0, multiplies the update of projected tensors.
+        moments: at a change of basis: rotate the first moment, keep it, or move both project_aware (LDAdam).
+        batch_dims: leading dimensions that index separate matrices, as in stacked experts.
+        dense_rule: the rule of tensors that are not projected.
+        stagger: spread the refreshes of different tensors over the gap, so that no step pays for all of them.
+        stochastic_rounding: of bfloat16 parameters; False rounds to nearest, which loses small updates.
+        seed: of random bases, starting points and rounding.
+        backend: auto, or a name listed by `subspace_optim.backends()`.
+        **overrides: rank, update_proj_gap, proj_type of the projector; aliases alpha, kappa, projection_type.
+
+    Raises:
+        ValueError: a value is out of range, or an option is misspelt.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        projector: Projector | None = None,
+        rule: Rule | None = None,
+        transform: str = "none",
+        *,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        scale: float = 1.0,
+        moments: str = "rotate",
+        batch_dims: int = 0,
+        dense_rule: Rule | None = None,
+        stagger: bool = True,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        backend: str = "auto",
+        **overrides: Any,
+    ) -> None:
+        where = type(self).__name__
+        self.projector = projector
+        self.rule = Adam() if rule is None else rule
+        self.dense_rule = Adam() if dense_rule is None else dense_rule
+        self.stagger = stagger
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self.backend = backend
+        self.skipped_updates = 0
+        if backend != "auto" and backend not in select.IMPLS:
+            raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
+        if isinstance(rank := projector.rank if projector else None, bool):
+            raise ValueError(f"{where}: rank={rank!r} must be a number")
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": self.rule.betas if betas is None else tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": projector.update_proj_gap if projector else 200,
+            "scale": scale,
+            "proj_type": projector.proj_type if projector else "std",
+            "transform": transform,
+            "moments": moments,
+            "batch_dims": batch_dims,
+        }
+        for key, value in canonical(overrides, where).items():
+            if key not in KEYS:
+                near = nearest(key, KEYS)
+                raise TypeError(f"{where}: unexpected argument '{key}'" + (f"; did you mean '{near}'?" if near else ""))
+            defaults[key] = value
+        check(defaults, where)
+        entries = [params] if isinstance(params, Tensor) else list(params)
+        groups = [entry for entry in entries if isinstance(entry, dict)]
+        if any("rank" in canonical(group, f"{where}: group {i}") for i, group in enumerate(groups)):
+            defaults["rank"] = None
+        super().__init__(params if isinstance(params, Tensor) else entries, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does; keys of ours that are missing take the constructor's values.
+
+        Raises:
+            ValueError: a value is out of range, or a key is misspelt.
+            TypeError: a parameter is of a type that cannot be stepped.
+        """
+        where = f"{type(self).__name__}: group {len(self.param_groups)}"
+        group = canonical(param_group, where)
+        check({**self.defaults, **group}, where)
+        if group.get("rank") is not None and self.projector is None:
+            raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
+        super().add_param_group(group)
+        try:
+            for i, param in enumerate(self.param_groups[-1]["params"]):
+                self._refuse_param(param, _name(self.param_groups[-1], i))
+        except TypeError:
+            del self.param_groups[-1]
+            raise
+
+    @staticmethod
+    def _refuse_param(param: Tensor, name: str) -> None:
+        if param.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
+        if hasattr(param, "device_mesh"):
+            raise TypeError(f"{name} is a DTensor; sharded parameters are not supported by this version")
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step every parameter that has a gradient.
+
+        A tensor whose gradient is NaN, infinite or beyond 1e15 stays as it is, with its state; `skipped_updates`
+        counts them. Gradients are never written.
+
+        Args:
+            closure: computes the loss and its gradients; called once, with gradients enabled.
+
+        Raises:
+            TypeError: a gradient is sparse. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, bucket, positions in self._collect():
+            self._step_bucket(group, bucket, positions)
+        return loss
+
+    def _collect(self) -> list[tuple[dict[str, Any], Bucket, list[int]]]:
+        """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
+        members: dict[tuple[int, Plan], list[tuple[int, Tensor]]] = {}
+        for position, index, i, param in self._positions():
+            if param.grad is None or param.numel() == 0:
+                continue
+            group = self.param_groups[index]
+            if param.grad.layout != torch.strided:
+                raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
+            members.setdefault((index, _plan(param, group)), []).append((position, param))
+        work = []
+        for (index, plan), tensors in members.items():
+            group = self.param_groups[index]
+            bucket, positions = self._bucket(plan, group, tensors)
+            if positions:
+                work.append((group, bucket, positions))
+        return work
+
+    def _bucket(
+        self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]]
+    ) -> tuple[Bucket, list[int]]:
+        """The members of a plan that take part in this step."""
+        grads = [p.grad for _, p in tensors if p.grad is not None]
+        norms = torch._foreach_norm(grads, math.inf, dtype=plan.state_dtype)
+        bucket, positions = Bucket(plan, [], [], [], []), []
+        for (position, param), grad, largest in zip(tensors, grads, torch.stack(list(norms)).tolist(), strict=True):
+            state = self.state[param]
+            fresh = not state
+            if fresh:
+                state.update(self._init_state(plan, group, position))
+            # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
+            if fresh and largest == 0 and float(group["lr"]) == 0:
+                continue
+            if not largest <= GRAD_LIMIT:
+                self.skipped_updates += 1
+                continue
+            bucket.params.append(param)
+            bucket.grads.append(plan.view(grad))
+            bucket.states.append(state)
+            if self.stochastic_rounding:
+                bucket.seeds.append(self._seed(position))
+            positions.append(position)
+        return bucket, positions
+
+    def _step_bucket(self, group: dict[str, Any], bucket: Bucket, positions: list[int]) -> None:
+        plan, lr = bucket.plan, group["lr"]
+        hyper = Hyper(
+            lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=group["scale"] if plan.side else 1.0,
+            transform=group["transform"],
+            moments=group["moments"],
+        )
+        originals = bucket.params
+        bucket.params = [plan.view(p) for p in originals]
+        kernel = select.resolve(self.backend, plan)
+        if plan.side is None:
+            self.dense_rule.step_(bucket, hyper, kernel)
+        else:
+            assert self.projector is not None
+            self._refresh(group, bucket, positions, hyper)
+            self.rule.step_(bucket, hyper, kernel)
+            changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
+            if changes is not None:
+                self.rule.carry_(plan, bucket.states, changes, hyper)
+            for state in bucket.states:
+                state["age"] += state["age"] != UNSET
+        for original, stepped in zip(originals, bucket.params, strict=True):
+            if stepped.data_ptr() != original.data_ptr():  # strides that no view of the matrix can have
+                original.copy_(stepped.view(original.shape))
+
+    def _refresh(self, group: dict[str, Any], bucket: Bucket, positions: list[int], hyper: Hyper) -> None:
+        """Set the bases of the bucket, new ones for the members that are due.
+
+        A refresh that meets a zero gradient, or a factorisation that fails, waits for the next step: the member
+        goes on with the basis it has, and one without a basis projects to zero.
+        """
+        plan, projector = bucket.plan, self.projector
+        assert projector is not None
+        due = [i for i, state in enumerate(bucket.states) if projector.due(state, group["update_proj_gap"])]
+        if due and projector.needs_gradient:
+            due = [i for i in due if bool(bucket.grads[i].any())]
+        bucket.bases = projector.bases(plan, bucket.states)
+        if self.rule.looks_behind:
+            stale = set(due)
+            bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]
+        if due:
+            part = replace(
+                bucket,
+                params=[bucket.params[i] for i in due],
+                grads=[bucket.grads[i] for i in due],
+                states=[bucket.states[i] for i in due],
+            )
+            seeds = [self._seed(positions[i]) for i in due]
+            try:
+                changes = projector.refresh_(plan, part.states, self.rule.targets(part), seeds)
+            except LinAlgError:
+                return
+            self.rule.carry_(plan, part.states, changes, hyper)
+            for i, bases in zip(due, projector.bases(plan, part.states), strict=True):
+                state = bucket.states[i]
+                state["age"] = self._offset(positions[i], group) if state["age"] == UNSET else 0
+                bucket.bases[i] = bases
+
+    def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
+        if plan.side is None:
+            return self.dense_rule.init(plan)
+        assert self.projector is not None
+        state = self.rule.init(plan) | self.projector.init(plan, self._seed(position))
+        if state["age"] != UNSET:
+            state["age"] += self._offset(position, group)
+        return state
+
+    def _offset(self, position: int, group: dict[str, Any]) -> int:
+        """How much earlier than a whole gap the first renewal comes."""
+        if not (self.stagger and self.projector is not None and self.projector.periodic):
+            return 0
+        return int(position * _GOLDEN % 1 * group["update_proj_gap"])
+
+    def _seed(self, position: int) -> int:
+        return philox.mix(self.seed, position)
+
+    def _positions(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """(position in the optimizer, group, position in the group, parameter): seeds follow the first."""
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                yield position, index, i, param
+                position += 1
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
+
+        Raises:
+            ValueError: the state is of another optimizer, rank or model. Nothing has been changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
+            self._check_loaded(incoming)
+            loaded.update(incoming)
+
+        def restore(_: Optimizer) -> None:
+            ids = [i for group in loaded["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, param in zip(ids, params, strict=True):
+                for key, value in loaded["state"].get(i, {}).items():
+                    if isinstance(value, Tensor):
+                        value = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
+                    self.state[param][key] = value
+
+        # As hooks, so that hooks of the user's run before and after in the usual order.
+        handles = (
+            self.register_load_state_dict_pre_hook(inspect),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
+        if sizes[0] != sizes[1]:
+            return  # torch's own message says it
+        for position, index, i, param in self._positions():
+            saved = state_dict["state"].get(groups[index]["params"][i])
+            if not saved:
+                continue
+            name, group = _name(self.param_groups[index], i), {**self.defaults, **groups[index]}
+            plan = _plan(param, group)
+            wanted = self._init_state(replace(plan, device=torch.device("meta")), group, position)
+            if missing := sorted(set(wanted) - set(saved)):
+                raise ValueError(
+                    f"{name}: the checkpoint has no {', '.join(missing)} (it has {', '.join(sorted(saved))}); "
+                    f"it was written by another optimizer than {type(self).__name__}, or with another rank"
+                )
+            for key, value in wanted.items():
+                shapes = tuple(getattr(saved[key], "shape", ())), tuple(getattr(value, "shape", ()))
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{name}: the checkpoint's {key} is {shapes[0]}, but a parameter of shape "
+                        f"{tuple(param.shape)} with rank={group['rank']!r} needs {shapes[1]}; load it into the "
+                        f"model and groups that wrote it"
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("projector", "rule", "dense_rule", "stagger", "stochastic_rounding", "seed", "backend")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "skipped_updates")}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def state_bytes(self) -> int:
+        """Memory held by all state tensors, every storage counted once."""
+        tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def summary(self) -> str:
+        """A table of what is projected, what is dense, and why; one line for tensors that are treated alike."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for _, index, i, param in self._positions():
+            plan = _plan(param, self.param_groups[index])
+            how = f"{plan.side}, rank {plan.rank}" if plan.side else "dense"
+            key = (how, "×".join(map(str, param.shape)) or "scalar", plan.reason if param.requires_grad else "frozen")
+            rows.setdefault(key, []).append(_name(self.param_groups[index], i))
+        lines = [
+            (how, shape, str(len(names)), names[0] + (", …" if len(names) > 1 else ""), reason)
+            for (how, shape, reason), names in sorted(rows.items(), key=lambda row: row[0][0] == "dense")
+        ]
+        lines.insert(0, ("step", "shape", "count", "tensors", "why dense"))
+        widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        cells = ((cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join("  ".join(row).rstrip() for row in cells)
+
+    def __repr__(self) -> str:
+        parts = f"projector={self.projector}, rule={self.rule}"
+        return f"{super().__repr__()}\n{parts}\n{self.summary()}"
+
+
+def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
+    return make_plan(
+        *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"])
+    )
+
+
+def _name(group: dict[str, Any], i: int) -> str:
+    if "param_names" in group:
+        return str(group["param_names"][i])
+    return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def _lr_ratio(group: dict[str, Any]) -> float:
+    """The learning rate over its peak, where a scheduler has told it."""
+    lr = float(group["lr"])
+    peak = max(float(group.get("initial_lr", lr)), float(group.get("max_lr", 0.0)))
+    return lr / peak if peak > 0 else 0.0

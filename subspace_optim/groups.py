@@ -1,0 +1,128 @@
+"""From a model to parameter groups: linear layers projected; embeddings, head and norms dense."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+_HEAD = re.compile(r"(.*\.)?(lm_head|head|classifier|score|embed_out|output_projection)")
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def param_groups(
+    model: nn.Module,
+    rank: int | float | None = 128,
+    *,
+    target: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    weight_decay: float = 0.0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Split a model's trainable parameters into groups for any optimizer of this package.
+
+    Projected are the weights of linear layers, but not the output head, nor a weight tied to an embedding. All else
+    is dense. Vectors (norms, biases) are never decayed. Frozen parameters are left out, tied ones appear once.
+
+    Args:
+        model: any module.
+        rank: of the projected groups; a float in (0, 1) is a fraction of the smaller dimension; None: all dense.
+        target: what to project instead: substrings or regular expressions (matched in full) of module or parameter
+            names; None or "all-linear" is the default choice. A target may name any tensor of two or more dimensions;
+            stacked experts (3-D, not a convolution) are stepped as a batch of matrices.
+        exclude: names to leave dense, in the same form.
+        weight_decay: of every matrix.
+        **options: further keys of the projected groups: update_proj_gap, scale, proj_type, …
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: a pattern matches no trainable tensor, or there is nothing to project.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups needs a torch.nn.Module to read layer names from, not {type(model).__name__}")
+    owners = _owners(model)
+    matrices = {name: param for name, (_, _, param) in owners.items() if param.ndim >= 2}
+    targets, excludes = _patterns(target), _patterns(exclude)
+    if targets is None or targets == ["all-linear"]:
+        chosen = _linear(model, owners)
+    else:
+        chosen = _matching(targets, matrices, "target")
+    chosen -= _matching(excludes, matrices, "exclude") if excludes else set()
+    if rank is None:
+        chosen = set()
+    elif not chosen:
+        raise ValueError(f"rank={rank!r}, but {type(model).__name__} has no layer to project; name some with target=…")
+    stacked = {name for name in chosen if matrices[name].ndim == 3 and not isinstance(owners[name][1], _CONVOLUTIONS)}
+
+    def group(names: Iterable[str], **keys: Any) -> dict[str, Any]:
+        return {"params": [(name, owners[name][2]) for name in names], **keys}
+
+    dense = [name for name in owners if name not in chosen]
+    groups = [
+        group((n for n in owners if n in chosen - stacked), rank=rank, weight_decay=weight_decay, **options),
+        group((n for n in owners if n in stacked), rank=rank, weight_decay=weight_decay, batch_dims=1, **options),
+        group((n for n in dense if n in matrices), rank=None, weight_decay=weight_decay),
+        group((n for n in dense if n not in matrices), rank=None, weight_decay=0.0),
+    ]
+    return [entry for entry in groups if entry["params"]]
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[str, nn.Module, Tensor]]:
+    """Trainable parameters by name, each once: (name of the owning module, the module, the tensor)."""
+    seen: set[int] = set()
+    owners = {}
+    for module_name, module in model.named_modules():
+        for own_name, param in module.named_parameters(recurse=False):
+            if param.requires_grad and id(param) not in seen:
+                seen.add(id(param))
+                owners[f"{module_name}.{own_name}".lstrip(".")] = (module_name, module, param)
+    return owners
+
+
+def _linear(model: nn.Module, owners: dict[str, tuple[str, nn.Module, Tensor]]) -> set[str]:
+    """The weights of linear layers that are neither the head nor tied to an embedding."""
+    modules = dict(model.named_modules())
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    kept_dense = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)} | {
+        id(getattr(head, "weight", None))
+    }
+    return {
+        name
+        for name, (module_name, module, param) in owners.items()
+        # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and param.ndim == 2
+        and id(param) not in kept_dense
+        and not _HEAD.fullmatch(module_name)
+    }
+
+
+def _patterns(given: str | Iterable[str] | None) -> list[str] | None:
+    return [given] if isinstance(given, str) else None if given is None else list(given)
+
+
+def _matching(patterns: list[str], matrices: dict[str, Tensor], option: str) -> set[str]:
+    found = set()
+    for pattern in patterns:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from None
+        hits = {
+            name
+            for name in matrices
+            if pattern in name or regex.fullmatch(name) or regex.fullmatch(name.rpartition(".")[0])
+        }
+        if not hits:
+            words = sorted({part for name in matrices for part in name.split(".") if not part.isdigit()})
+            near = difflib.get_close_matches(pattern, words, n=1, cutoff=0.5) or words[:6]
+            raise ValueError(
+                f"{option}={pattern!r} matches no trainable tensor of two or more dimensions; "
+                f"names here contain {', '.join(near)}"
+            )
+        found |= hits
+    return found

@@ -1,0 +1,96 @@
+"""The keys of a parameter group: their spellings, aliases and ranges, checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .types import MOMENTS, PROJ_TYPES, TRANSFORMS
+
+ALIASES = {
+    "alpha": "scale",
+    "projection_type": "proj_type",
+    "kappa": "update_proj_gap",
+    "rank_fraction": "rank",
+}
+KEYS = (
+    *("lr", "betas", "eps", "weight_decay"),
+    *("rank", "update_proj_gap", "scale", "proj_type", "transform", "moments", "batch_dims"),
+)
+# Keys that torch, schedulers and frameworks put into groups; "lr_scale" is timm's.
+FOREIGN = {"params", "param_names", "names", "dim", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+FOREIGN |= {"lr_scale", "fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "name"}
+
+
+def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Resolve aliases and refuse misspelt keys of ours; keys that resemble none of ours are somebody else's and pass.
+
+    Args:
+        options: a parameter group, or keyword arguments.
+        where: what to call it in an error.
+
+    Raises:
+        ValueError: a key is misspelt, or an alias contradicts its target.
+    """
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        name = ALIASES.get(key, key)
+        if name in out and name in KEYS:
+            raise ValueError(f"{where}: '{key}' and '{name}' are two names of one option; keep '{name}'")
+        if name not in KEYS and name not in FOREIGN:
+            near = nearest(name, (*KEYS, *ALIASES))
+            if near:
+                raise ValueError(f"{where}: unknown option '{key}'; did you mean '{near}'?")
+        out[name] = value
+    return out
+
+
+def nearest(word: str, known: tuple[str, ...]) -> str | None:
+    """The known word that `word` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.7)), None)
+
+
+def check(group: Mapping[str, Any], where: str) -> None:
+    """Refuse values out of range.
+
+    Args:
+        group: with every key of KEYS.
+        where: what to call it in an error.
+
+    Raises:
+        ValueError: names the option, the value and what would do.
+    """
+
+    def need(ok: bool, key: str, wanted: str) -> None:
+        if not ok:
+            raise ValueError(f"{where}: {key}={group[key]!r} must be {wanted}")
+
+    lr, rank = group["lr"], group["rank"]
+    if isinstance(lr, Tensor):
+        need(lr.numel() == 1, "lr", "a float or a tensor of one element")
+    else:
+        need(_number(lr) and lr >= 0, "lr", "a finite number ≥ 0")
+    betas = group["betas"]
+    need(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)")
+    need(all(_number(b) and 0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)")
+    for key in ("eps", "weight_decay"):
+        need(_number(group[key]) and group[key] >= 0, key, "a finite number ≥ 0")
+    need(_number(group["scale"]) and group["scale"] > 0, "scale", "a finite number > 0")
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    need(
+        rank is None or whole or (isinstance(rank, float) and 0 < rank < 1),
+        "rank",
+        "an int ≥ 1, a float in (0, 1) as a fraction of the smaller dimension, or None for dense AdamW",
+    )
+    for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
+        need(isinstance(group[key], int) and group[key] >= least, key, f"an int ≥ {least}")
+    for key, values in (("proj_type", PROJ_TYPES), ("transform", TRANSFORMS), ("moments", MOMENTS)):
+        need(group[key] in values, key, f"one of {', '.join(values)}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,181 @@
+"""Every step the library takes, in torch ops over the lists of a bucket: the ground truth for all other kernels.
+
+    project       R = G Q            right      G (m, n)  Q (n, r)  R (m, r)
+                  R = Pᵀ G           left       P (m, r)            R (r, n)
+                  R = Pᵀ G Q         both                           R (r, r)
+                  R = G              dense (no bases)
+    adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
+    apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
+
+Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..philox import stochastic_round_
+from ..types import Side
+
+_EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflows, and M/√V with ε = 0 would be infinite
+
+
+def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+    """R for every G, in `dtype`; with no bases, G itself (not a copy where the dtype already fits)."""
+    wide = [g.to(dtype) for g in grads]
+    if side is None:
+        return wide
+    if side == "right":
+        return [g @ q for g, q in zip(wide, bases, strict=True)]
+    lefts, rights = bases[: len(grads)], bases[len(grads) :]
+    lows = [p.mT @ g for g, p in zip(wide, lefts, strict=True)]
+    return [r @ q for r, q in zip(lows, rights, strict=True)] if side == "both" else lows
+
+
+def back(low: Tensor, bases: Sequence[Tensor], side: Side | None) -> Tensor:
+    """The adjoint of project for one tensor: right R Qᵀ, left P R, both P R Qᵀ."""
+    if side == "left":
+        return bases[0] @ low
+    if side == "right":
+        return low @ bases[0].mT
+    return bases[0] @ low @ bases[1].mT if side == "both" else low
+
+
+def transform_(updates: list[Tensor], lows: list[Tensor], transform: str) -> None:
+    """Correct the direction of each update N by the gradient R it came from, in place.
+
+    grams: sign(R)·|N|. cautious: N where N·R > 0, rescaled by the share of elements kept (at least 1e-3).
+    """
+    for n, r in zip(updates, lows, strict=True) if transform != "none" else ():
+        if transform == "grams":
+            n.abs_().mul_(r.sign())
+        else:
+            mask = (n * r > 0).to(n.dtype)
+            n.mul_(mask.div_(mask.mean().clamp_(min=1e-3)))
+
+
+def adam_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+) -> list[Tensor]:
+    """Advance the moments by R and return the update N.
+
+    `eps_inside` adds ε to √V before the bias correction (the transformers-AdamW form of the papers' official code)
+    instead of after it (torch).
+    """
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(exp_avgs, lows, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, lows, lows, 1 - beta2)
+    eps = max(eps, _EPS_FLOOR)
+    counts = torch.stack(steps).tolist()
+    corrections1 = [1 - beta1**k for k in counts]
+    corrections2 = [(1 - beta2**k) ** 0.5 for k in counts]
+    updates = list(torch._foreach_sqrt(exp_avg_sqs))
+    if eps_inside:
+        torch._foreach_add_(updates, eps)
+        torch._foreach_div_(updates, corrections2)
+    else:
+        torch._foreach_div_(updates, corrections2)
+        torch._foreach_add_(updates, eps)
+    torch._foreach_mul_(updates, corrections1)
+    for update, average in zip(updates, exp_avgs, strict=True):
+        torch.div(average, update, out=update)
+    transform_(updates, lows, transform)
+    return updates
+
+
+def apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool = False,
+) -> None:
+    """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
+
+    Args:
+        params: W, written in place.
+        updates: N, in the low-rank space.
+        bases: flat, as for `project`.
+        steps: 0-d, the tensors' step counts: with `seeds`, the counters of the rounding.
+        seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest.
+        lr: 0-d, or one a tensor.
+        weight_decay: λ, decoupled.
+        scale: α.
+        side: of the plan.
+        sign: take the sign after the back-projection (Lion).
+    """
+    rates = lr.double().expand(len(params)).tolist()
+    lefts, rights = bases[: len(params)], bases[len(params) :]
+    for i, (param, update, rate) in enumerate(zip(params, updates, rates, strict=True)):
+        own = () if side is None else (lefts[i], rights[i]) if side == "both" else (lefts[i],)
+        decay, factor = 1 - rate * weight_decay, -rate * scale
+        if param.dtype == update.dtype and not sign:
+            if decay != 1:
+                param.mul_(decay)
+            _add_back_(param, update, own, side, factor)
+            continue
+        step = back(update, own, side)
+        if sign:
+            step = step.sign()
+        wide = param.to(update.dtype, copy=True)
+        wide.mul_(decay).add_(step, alpha=factor)
+        write_(param, wide, steps[i], seeds[i] if seeds else None)
+
+
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+    """Round `value` into the parameter, once; bfloat16 stochastically if there is a seed. `value` is overwritten."""
+    if seed is not None and param.dtype == torch.bfloat16:
+        stochastic_round_(param, value, seed, int(step))
+    else:
+        param.copy_(value)
+
+
+def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Side | None, factor: float) -> None:
+    """W += factor·back(N) without an (m, n) temporary."""
+    if side is None:
+        param.add_(update, alpha=factor)
+        return
+    a, b = (update, bases[0].mT) if side == "right" else (bases[0], update)
+    if side == "both":
+        a, b = bases[0] @ update, bases[1].mT
+    (param.addmm_ if param.ndim == 2 else param.baddbmm_)(a, b, alpha=factor)
+
+
+def projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """The whole step of projected Adam: project, update, apply. With no bases this is AdamW."""
+    lows = project(grads, bases, side, exp_avgs[0].dtype)
+    updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform)
+    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side)

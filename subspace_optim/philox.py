@@ -1,0 +1,71 @@
+"""Counter-based random numbers: the same seed and counter give the same bits on every device, with no state to keep.
+
+Philox-4x32-10 (Salmon et al., SC 2011), the generator of cuRAND and of `triton.language.rand`, in int64 tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUNDING, _BASIS = 0, 1  # streams: the last counter word
+
+
+def philox(seed: int, c0: Tensor, c1: int = 0, c2: int = 0, c3: int = 0) -> Tensor:
+    """Four 32-bit words for every counter (c0[i], c1, c2, c3): int64 in [0, 2³²), shape (4, len(c0))."""
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
+    for _ in range(10):
+        p0, p2 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # int64 products wrap; the low 64 bits are what Philox wants
+        x0, x1, x2, x3 = (p2 >> 32) & _MASK ^ x1 ^ k0, p2 & _MASK, (p0 >> 32) & _MASK ^ x3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack((x0, x1, x2, x3))
+
+
+def mix(seed: int, stream: int) -> int:
+    """A 63-bit seed for a numbered stream of `seed`: neighbouring numbers give unrelated seeds."""
+    low, high = philox(seed, torch.tensor([stream & _MASK]), stream >> 32)[:2, 0].tolist()
+    return (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
+
+
+def normal(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers in float64 (Box–Muller), so that rounding to float32 hides the devices' libm."""
+    count = math.prod(shape)
+    words = _words(seed, count, device)
+    radius = ((words[:2] + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()
+    angle = (words[2:] + 0.5) * (2 * math.pi * 2.0**-32)
+    return torch.cat((radius * angle.cos(), radius * angle.sin())).T.reshape(-1)[:count].view(shape)
+
+
+def signs(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """±1 with equal chance, in float64."""
+    count = math.prod(shape)
+    return (_words(seed, count, device) & 1).mul(2).sub(1).T.reshape(-1)[:count].view(shape).double()
+
+
+def _words(seed: int, count: int, device: torch.device) -> Tensor:
+    return philox(seed, torch.arange((count + 3) // 4, device=device), 0, 0, _BASIS)
+
+
+def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:
+    """Write float32 `value` into bfloat16 `out`, up or down with the odds that make the expectation exact.
+
+    Element i uses half-word i of the stream (seed, step): 16 random bits are added below the 16 bits that are kept.
+
+    Args:
+        out: bfloat16, any strides.
+        value: float32, the shape of `out`; overwritten.
+        seed: of the tensor.
+        step: of the tensor, so that every step rounds afresh.
+    """
+    value = value.contiguous()
+    count = value.numel()
+    blocks = philox(seed, torch.arange((count + 7) // 8, device=value.device), step, 0, _ROUNDING)
+    words = blocks.T.reshape(-1)
+    noise = torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[:count].to(torch.int32)
+    bits = value.view(torch.int32).view(-1)
+    bits.add_(noise).bitwise_and_(-65536)
+    out.copy_(value)

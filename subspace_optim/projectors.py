@@ -1,0 +1,306 @@
+"""Projectors: which subspace a gradient is seen in. Each is a frozen dataclass of hyperparameters and owns no tensor.
+
+A projector says what it stores (`init`), renews the bases of a bucket's members (`refresh_`), hands them out
+(`bases`) and may learn from every gradient (`advance_`). Both `refresh_` and `advance_` return the changes of basis
+c = Q_oldᵀ Q_new, by which the rule carries its moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from . import philox
+from .types import Bases, Change, Plan, Side, State
+
+UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Base of all projectors.
+
+    Args:
+        rank: columns of the basis; a float in (0, 1) is a fraction of min(m, n); None leaves every tensor dense.
+        update_proj_gap: steps between refreshes.
+        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
+    """
+
+    rank: int | float | None = 128
+    update_proj_gap: int = 200
+    proj_type: str = "std"
+
+    needs_gradient: ClassVar[bool] = True  # a refresh waits for a gradient that is not zero
+    periodic: ClassVar[bool] = True  # refreshed every update_proj_gap steps, and so staggered
+
+    def init(self, plan: Plan, seed: int) -> State:
+        """State of one tensor, from shapes alone: zero bases, which project everything to zero."""
+        bases = {
+            key: torch.zeros(shape, dtype=plan.state_dtype, device=plan.device)
+            for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True)
+        }
+        return {"age": UNSET, **bases}
+
+    def due(self, state: State, gap: int) -> bool:
+        """Whether this step begins with a refresh."""
+        return bool(state["age"] == UNSET or state["age"] >= gap)
+
+    def refresh_(
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
+    ) -> list[Change]:
+        """Renew the bases from the gradients; returns the changes of basis. On LinAlgError nothing has changed."""
+        raise NotImplementedError
+
+    def bases(self, plan: Plan, states: Sequence[State]) -> list[Bases]:
+        """The bases in force."""
+        return [tuple(state[key] for key in plan.basis_keys) for state in states]
+
+    def advance_(
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lr_ratio: float
+    ) -> list[Change] | None:
+        """Learn from the gradients after the parameters have been written."""
+        return None
+
+
+@dataclass(frozen=True)
+class SVD(Projector):
+    """The top singular subspace of the current gradient (GaLore).
+
+    The default refresh takes a few subspace iterations Q ← orth(Gᵀ G Q) from the old basis, then rotates Q onto the
+    singular vectors of G Q (Rayleigh–Ritz): Adam is not rotation-invariant, so the basis matters and not only its
+    span. Always in float32 or wider.
+
+    Args:
+        rank: see Projector.
+        update_proj_gap: see Projector.
+        proj_type: see Projector.
+        method: "subspace" iteration or "exact" SVD.
+        iterations: of the subspace iteration; a cold start takes one more.
+
+    Source: arXiv 2403.03507.
+    """
+
+    method: Literal["subspace", "exact"] = "subspace"
+    iterations: int = 2
+
+    def refresh_(
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
+    ) -> list[Change]:
+        """Renew the bases; the signs of the new columns agree with the old ones."""
+        if self.method == "exact":
+            renewed = [self._exact(plan, g) for g in grads]
+        else:
+            columns = [
+                self._iterate([_oriented(g, side) for g in grads], [s[key] for s in states], seeds, states)
+                for side, key in zip(plan.sides, plan.basis_keys, strict=True)
+            ]
+            renewed = [tuple(bases) for bases in zip(*columns, strict=True)]
+        return [_replace_(plan, state, bases) for state, bases in zip(states, renewed, strict=True)]
+
+    @staticmethod
+    def _exact(plan: Plan, grad: Tensor) -> Bases:
+        u, _, vh = torch.linalg.svd(grad.to(plan.state_dtype), full_matrices=False)
+        columns = {"left": u[..., : plan.rank], "right": vh[..., : plan.rank, :].mT}
+        return tuple(columns[side].clone(memory_format=torch.contiguous_format) for side in plan.sides)
+
+    def _iterate(
+        self, grads: list[Tensor], olds: list[Tensor], seeds: Sequence[int], states: Sequence[State]
+    ) -> list[Tensor]:
+        """Top right singular vectors (…, d, r) of every (…, k, d) gradient."""
+        starts = [
+            philox.normal(seed, tuple(old.shape), old.device).to(old.dtype) if state["age"] == UNSET else old
+            for old, seed, state in zip(olds, seeds, states, strict=True)
+        ]
+        cold = any(state["age"] == UNSET for state in states)
+        # Gᵀ G squares the scale of G, which may itself be far from 1.
+        inverse = [1 / g.abs().amax().to(old.dtype) for g, old in zip(grads, olds, strict=True)]
+
+        def times(q: Tensor) -> list[Tensor]:
+            return [(g.to(x.dtype) @ x) * s for g, x, s in zip(grads, q, inverse, strict=True)]
+
+        start = q = torch.linalg.qr(torch.stack(starts))[0]
+        for _ in range(self.iterations + cold):
+            rows = times(q)
+            q = torch.stack([(g.to(y.dtype).mT @ y) * s for g, y, s in zip(grads, rows, inverse, strict=True)])
+            q = torch.linalg.qr(q)[0]
+        low = torch.stack(times(q))
+        _, rotation = torch.linalg.eigh(low.mT @ low)  # eigenvalues ascend
+        q = q @ rotation.flip(-1)
+        agreement = (start * q).sum(-2, keepdim=True)
+        return list((q * torch.where(agreement < 0, -1.0, 1.0)).unbind())
+
+
+@dataclass(frozen=True)
+class RandomProjection(Projector):
+    """A random subspace, drawn anew every `update_proj_gap` steps (Flora). Only the seed is stored.
+
+    Args:
+        rank: see Projector.
+        update_proj_gap: see Projector.
+        proj_type: see Projector.
+        kind: orthonormal columns (uniform over subspaces); or gaussian or rademacher entries of variance 1/r, for
+            which E[Q Qᵀ] = I.
+
+    Source: arXiv 2402.03293.
+    """
+
+    update_proj_gap: int = 1000
+    kind: Literal["orthonormal", "gaussian", "rademacher"] = "orthonormal"
+
+    needs_gradient: ClassVar[bool] = False
+
+    def init(self, plan: Plan, seed: int) -> State:
+        """The seed, in force from the start: step k redraws when k is a multiple of the gap."""
+        return {"age": 1, "seed": seed}
+
+    def refresh_(
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
+    ) -> list[Change]:
+        """Move every seed on."""
+        olds = self.bases(plan, states)
+        for state in states:
+            state["seed"] = self.next_seed(state["seed"])
+        return [_change(old, new) for old, new in zip(olds, self.bases(plan, states), strict=True)]
+
+    def next_seed(self, seed: int) -> int:
+        """The seed of the next basis."""
+        return philox.mix(seed, 1)
+
+    def bases(self, plan: Plan, states: Sequence[State]) -> list[Bases]:
+        """Regenerate the bases from their seeds."""
+        return [self.generate(plan, state["seed"]) for state in states]
+
+    def generate(self, plan: Plan, seed: int) -> Bases:
+        """The bases of one seed, the same on every device."""
+        return tuple(
+            self._draw(philox.mix(seed, 2 + i), shape, plan.device).to(plan.state_dtype)
+            for i, shape in enumerate(plan.basis_shapes)
+        )
+
+    def _draw(self, seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if self.kind == "rademacher":
+            return philox.signs(seed, shape, device) * shape[-1] ** -0.5
+        gaussian = philox.normal(seed, shape, device)
+        if self.kind == "gaussian":
+            return gaussian * shape[-1] ** -0.5
+        # Cholesky QR in float64: unique, so the same on every device, and a third of the time of Householder's.
+        factor = torch.linalg.cholesky(gaussian.mT @ gaussian)
+        return torch.linalg.solve_triangular(factor.mT, gaussian, upper=True, left=False)
+
+
+@dataclass(frozen=True)
+class OnlinePCA(SVD):
+    """A basis that descends the reconstruction error of every gradient (Online Subspace Descent).
+
+    Starts at the singular subspace of the first gradient. After each step, with Ĝ = G/‖G‖ (m, n) and R̂ = ĜQ (m, r),
+    Q takes an Adam step on ‖ĜQQᵀ - Ĝ‖²: its gradient 2[Q(R̂ᵀR̂) + ĜᵀR̂(QᵀQ - 2I)] needs no (m, n) temporary.
+
+    Args:
+        rank: see Projector.
+        proj_type: see Projector.
+        method: of the start, see SVD.
+        iterations: of the start, see SVD.
+        basis_lr: step size of the basis, times lr_t/lr_initial. 0.005 is the paper's 5·lr at its lr of 0.001.
+        basis_betas: of Adam on the basis.
+        basis_weight_decay: decoupled, of the basis.
+        orth_lambda: weight of the penalty ‖QᵀQ - I‖².
+        retract_every: steps between re-orthonormalisations, which leave back(M) as it is; None for never.
+
+    Source: arXiv 2408.12857.
+    """
+
+    basis_lr: float = 0.005
+    basis_betas: tuple[float, float] = (0.9, 0.999)
+    basis_weight_decay: float = 0.0
+    orth_lambda: float = 0.0
+    retract_every: int | None = None
+
+    periodic: ClassVar[bool] = False
+
+    def init(self, plan: Plan, seed: int) -> State:
+        """The bases and Adam's moments on them."""
+        state = super().init(plan, seed)
+        moments = {f"{key}_{name}": torch.zeros_like(state[key]) for key in plan.basis_keys for name in _BASIS_MOMENTS}
+        return state | {"basis_step": 0} | moments
+
+    def due(self, state: State, gap: int) -> bool:
+        """Only once."""
+        return bool(state["age"] == UNSET)
+
+    def advance_(
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lr_ratio: float
+    ) -> list[Change] | None:
+        """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
+        changes = []
+        for state, grad in zip(states, grads, strict=True):
+            norm = torch.linalg.vector_norm(grad, dtype=plan.state_dtype)
+            if state["age"] <= 0 or not norm > 0:
+                changes.append(_identity(plan, state))
+                continue
+            state["basis_step"] += 1
+            for side, key in zip(plan.sides, plan.basis_keys, strict=True):
+                self._descend_(state, key, _oriented(grad, side), norm, lr_ratio)
+            retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
+            changes.append(
+                _replace_(plan, state, tuple(_orthonormal(state[key]) for key in plan.basis_keys))
+                if retract
+                else _identity(plan, state)
+            )
+        return changes if self.retract_every is not None else None
+
+    def _descend_(self, state: State, key: str, grad: Tensor, norm: Tensor, lr_ratio: float) -> None:
+        q, k = state[key], state["basis_step"]
+        slope = self.gradient(q, grad, norm)
+        first, second = (state[f"{key}_{name}"] for name in _BASIS_MOMENTS)
+        first.lerp_(slope, 1 - self.basis_betas[0])
+        second.mul_(self.basis_betas[1]).addcmul_(slope, slope, value=1 - self.basis_betas[1])
+        rate = self.basis_lr * lr_ratio
+        scale = (second / (1 - self.basis_betas[1] ** k)).sqrt_().add_(1e-8)
+        q.mul_(1 - rate * self.basis_weight_decay)
+        q.addcdiv_(first, scale, value=-rate / (1 - self.basis_betas[0] ** k))
+
+    def gradient(self, q: Tensor, grad: Tensor, norm: Tensor) -> Tensor:
+        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm, shape of q."""
+        wide = grad.to(q.dtype)
+        low = (wide @ q) / norm
+        pulled = (wide.mT @ low) / norm
+        excess = q.mT @ q
+        excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+        slope = 2 * (q @ (low.mT @ low) + pulled @ excess - pulled)
+        return slope.add_(q @ excess, alpha=4 * self.orth_lambda) if self.orth_lambda else slope
+
+
+_BASIS_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _oriented(grad: Tensor, side: Side) -> Tensor:
+    """The view whose last dimension is the projected one."""
+    return grad.mT if side == "left" else grad
+
+
+def _change(old: Bases, new: Bases) -> Change:
+    return tuple(a.mT @ b for a, b in zip(old, new, strict=True))
+
+
+def _replace_(plan: Plan, state: State, bases: Bases) -> Change:
+    change = _change(tuple(state[key] for key in plan.basis_keys), bases)
+    for key, basis in zip(plan.basis_keys, bases, strict=True):
+        state[key].copy_(basis)
+    return change
+
+
+def _identity(plan: Plan, state: State) -> Change:
+    return tuple(
+        torch.eye(plan.rank, dtype=state[key].dtype, device=state[key].device).expand(*state[key].shape[:-2], -1, -1)
+        for key in plan.basis_keys
+    )
+
+
+def _orthonormal(q: Tensor) -> Tensor:
+    """The nearest-sign QR factor: QR with a positive diagonal, so that a basis close to orthonormal hardly moves."""
+    factor, upper = torch.linalg.qr(q)
+    return factor * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)

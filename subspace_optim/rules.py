@@ -1,0 +1,375 @@
+"""Rules: what happens inside the subspace. Each is a frozen dataclass of hyperparameters; all state is in the bucket.
+
+A rule says what it stores (`init`), how the stored moments follow a change of basis (`carry_`) and how it steps
+(`step_`). Most need only `update_`: from the projected gradients R to the updates N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .kernels import reference
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State
+
+Kernel = Any  # a module with the functions of kernels/reference.py
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules: project, `update_`, transform, apply.
+
+    Args:
+        decay_after: decay the new weight instead of the old one (the order of GaLore's official code).
+    """
+
+    decay_after: bool = False
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # default of the group key
+    looks_behind: ClassVar[bool] = False  # True: the rule moves its moments to the new basis by itself, within step_
+    sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
+
+    def init(self, plan: Plan) -> State:
+        """Zero state for one tensor."""
+        return {"step": _zeros(plan, ()), "exp_avg": _zeros(plan, plan.low_shape)}
+
+    def carry_(self, plan: Plan, states: list[State], changes: list[Change], hyper: Hyper) -> None:
+        """Express the moments in the new basis, given c = Q_oldᵀ Q_new: right M ← M c, left M ← cᵀ M."""
+        if hyper.moments == "keep":
+            return
+        for state, change in zip(states, changes, strict=True):
+            state["exp_avg"].copy_(carried(state["exp_avg"], change, plan.side))
+
+    def targets(self, bucket: Bucket) -> list[Tensor]:
+        """The gradients that a refresh of the basis looks at."""
+        return bucket.grads
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """Advance the moments and write the parameters."""
+        lows = kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
+        updates = self.update_(bucket, lows, hyper, kernel)
+        self.apply_(bucket, updates, hyper, kernel)
+
+    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
+        """From R to N; `lows` may be the gradients themselves and must not be written."""
+        raise NotImplementedError
+
+    def apply_(
+        self, bucket: Bucket, updates: list[Tensor], hyper: Hyper, kernel: Kernel, lr: Tensor | None = None
+    ) -> None:
+        """Write the parameters; `lr` replaces the group's, one a tensor."""
+        kernel.apply_(
+            *(bucket.params, updates, flat(bucket.bases), bucket.slot("step"), bucket.seeds),
+            *(hyper.lr if lr is None else lr, hyper.weight_decay, self.scale(hyper), bucket.plan.side, self.sign_after),
+        )
+
+    def scale(self, hyper: Hyper) -> float:
+        """α; to decay the new weight instead of the old one is to shrink the update by (1 - lr·λ) as well."""
+        return hyper.scale * (1 - float(hyper.lr) * hyper.weight_decay if self.decay_after else 1.0)
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam in the subspace: M ← β₁M + (1-β₁)R, V ← β₂V + (1-β₂)R², N = M̂/(√V̂ + ε). Dense, it is torch's AdamW.
+
+    Args:
+        eps_inside: add ε to √V before its bias correction, as the transformers AdamW of the official codes does.
+
+    Source: arXiv 1412.6980.
+    """
+
+    eps_inside: bool = False
+
+    def init(self, plan: Plan) -> State:
+        """Both moments in the low-rank shape."""
+        return super().init(plan) | {"exp_avg_sq": _zeros(plan, plan.low_shape)}
+
+    def carry_(self, plan: Plan, states: list[State], changes: list[Change], hyper: Hyper) -> None:
+        """Rotate M and keep V, or (project_aware) move both by LDAdam's rule (arXiv 2410.16103)."""
+        if hyper.moments == "project_aware":
+            for state, change in zip(states, changes, strict=True):
+                _carry_project_aware_(state, change, plan.side, hyper.betas)
+        else:
+            super().carry_(plan, states, changes, hyper)
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """One fused call, unless the official place of ε or order of decay is asked for."""
+        if self.eps_inside or self.decay_after:
+            super().step_(bucket, hyper, kernel)
+            return
+        kernel.projected_adam_(
+            *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), flat(bucket.bases)),
+            *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale),
+            *(bucket.plan.side, hyper.transform),
+        )
+
+    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
+        """N = M̂/(√V̂ + ε)."""
+        return kernel.adam_update_(
+            *(lows, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), bucket.slot("step")),
+            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside),
+        )
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    """Lion: W moves by lr·sign(back(β₁M + (1-β₁)R)), then M ← β₂M + (1-β₂)R.
+
+    The sign is taken after the back-projection, so that every weight moves by ±lr; `scale` has no effect.
+
+    Source: arXiv 2302.06675.
+    """
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
+    sign_after: ClassVar[bool] = True
+
+    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
+        """The interpolated moment; its sign is taken by apply_."""
+        moments = bucket.slot("exp_avg")
+        torch._foreach_add_(bucket.slot("step"), 1)
+        updates = list(torch._foreach_lerp(moments, lows, 1 - hyper.betas[0]))
+        torch._foreach_lerp_(moments, lows, 1 - hyper.betas[1])
+        reference.transform_(updates, lows, hyper.transform)
+        return updates
+
+    def scale(self, hyper: Hyper) -> float:
+        """The step is ±lr whatever α is."""
+        return super().scale(replace(hyper, scale=1.0))
+
+
+@dataclass(frozen=True)
+class Momentum(Rule):
+    """Heavy-ball momentum as torch.optim.SGD has it: M ← β₁M + R, N = M (or R + β₁M with nesterov).
+
+    Args:
+        nesterov: look ahead by one momentum step.
+    """
+
+    nesterov: bool = False
+
+    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
+        """N = M."""
+        moments, beta = bucket.slot("exp_avg"), hyper.betas[0]
+        torch._foreach_add_(bucket.slot("step"), 1)
+        torch._foreach_mul_(moments, beta)
+        torch._foreach_add_(moments, lows)
+        updates = [r.add(m, alpha=beta) if self.nesterov else m.clone() for r, m in zip(lows, moments, strict=True)]
+        reference.transform_(updates, lows, hyper.transform)
+        return updates
+
+
+@dataclass(frozen=True)
+class Adafactor(Rule):
+    """Adafactor in the subspace, with momentum: N = EMA(clip(R / √V̂)), V̂ from the row and column means of R².
+
+    Args:
+        decay_rate: c in β₂(k) = 1 - k⁻ᶜ, in (0, 1].
+        clip_threshold: largest root mean square of one update.
+        scale_parameter: multiply lr by max(1e-3, RMS(W)), Adafactor's relative step size.
+
+    Source: arXiv 1804.04235.
+    Deviations: lr stands outside the momentum, so that a schedule acts at once.
+    """
+
+    decay_rate: float = 0.8
+    clip_threshold: float = 1.0
+    scale_parameter: bool = False
+
+    def init(self, plan: Plan) -> State:
+        """Row and column means of the squared gradient; the whole square of a vector."""
+        return super().init(plan) | self._init_squares(plan, plan.low_shape)
+
+    def _init_squares(self, plan: Plan, shape: tuple[int, ...]) -> State:
+        if len(shape) < 2:
+            return {"exp_avg_sq": _zeros(plan, shape)}
+        return {
+            "exp_avg_sq_row": _zeros(plan, shape[:-1]),
+            "exp_avg_sq_col": _zeros(plan, (*shape[:-2], shape[-1])),
+        }
+
+    def carry_(self, plan: Plan, states: list[State], changes: list[Change], hyper: Hyper) -> None:
+        """Rotate M; under project_aware the statistics along a projected dimension move by c∘c."""
+        super().carry_(plan, states, changes, hyper)
+        if hyper.moments != "project_aware":
+            return
+        for state, change in zip(states, changes, strict=True):
+            for side, c in zip(plan.sides, change, strict=True):
+                square = state["exp_avg_sq_col" if side == "right" else "exp_avg_sq_row"]
+                square.copy_(((c * c).mT @ square.unsqueeze(-1)).squeeze(-1))
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """As the base, with Adafactor's relative step size."""
+        lows = kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
+        updates = self.update_(bucket, lows, hyper, kernel)
+        self.apply_(bucket, updates, hyper, kernel, lr=self._rates(bucket, hyper))
+
+    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
+        """N = EMA of the clipped, normalised R."""
+        torch._foreach_add_(bucket.slot("step"), 1)
+        updates = [self._normalised_(state, r) for state, r in zip(bucket.states, lows, strict=True)]
+        for update in updates:
+            _clip_(update, self.clip_threshold)
+        moments = bucket.slot("exp_avg")
+        torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
+        torch._foreach_copy_(updates, moments)
+        reference.transform_(updates, lows, hyper.transform)
+        return updates
+
+    def _normalised_(self, state: State, grad: Tensor) -> Tensor:
+        """R / √V̂ after advancing V; a new tensor."""
+        beta2 = 1 - float(state["step"]) ** -self.decay_rate
+        square = grad.square().add_(1e-30)
+        if "exp_avg_sq" in state:
+            return grad * state["exp_avg_sq"].lerp_(square, 1 - beta2).rsqrt()
+        row = state["exp_avg_sq_row"].lerp_(square.mean(-1), 1 - beta2)
+        col = state["exp_avg_sq_col"].lerp_(square.mean(-2), 1 - beta2)
+        row_scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        return grad * row_scale * col.rsqrt().unsqueeze(-2)
+
+    def _rates(self, bucket: Bucket, hyper: Hyper) -> Tensor:
+        if not self.scale_parameter:
+            return hyper.lr
+        rms = torch.stack([p.to(bucket.plan.state_dtype).square().mean().sqrt() for p in bucket.params])
+        return rms.clamp_(min=1e-3).mul_(hyper.lr)
+
+
+@dataclass(frozen=True)
+class CompressedAdafactor(Adafactor):
+    """Adafactor on the full gradient whose momentum is kept compressed (Flora).
+
+    U = G / √V̂ (full rank); D = (1-β₁)U + β₁·back(C); C ← β₁C + (1-β₁)·project(U); W moves by lr·clip(D).
+    Only history is compressed: the fresh part of the step stays full rank.
+
+    Source: arXiv 2402.03293.
+    """
+
+    looks_behind: ClassVar[bool] = True
+
+    def init(self, plan: Plan) -> State:
+        """The compressed momentum, and the factored square of the full gradient."""
+        return Rule.init(self, plan) | self._init_squares(plan, plan.matrix)
+
+    def carry_(self, plan: Plan, states: list[State], changes: list[Change], hyper: Hyper) -> None:
+        """Nothing: D still reads the momentum in the old basis, so step_ moves it."""
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """One matrix at a time: U and D are as large as the parameter."""
+        beta, plan = hyper.betas[0], bucket.plan
+        torch._foreach_add_(bucket.slot("step"), 1)
+        rates = self._rates(bucket, hyper).double().expand(len(bucket)).tolist()
+        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            grad = bucket.grads[i].to(plan.state_dtype)
+            moment = state["exp_avg"]
+            old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
+            fresh = self._normalised_(state, grad)
+            update = kernel.back(moment, old, plan.side).mul(beta).add_(fresh, alpha=1 - beta)
+            if old is not new and hyper.moments != "keep":
+                change = tuple(a.mT @ b for a, b in zip(old, new, strict=True))
+                moment.copy_(carried(moment, change, plan.side))
+            moment.lerp_(kernel.project([fresh], new, plan.side, plan.state_dtype)[0], 1 - beta)
+            reference.transform_([update], [grad], hyper.transform)
+            _clip_(update, self.clip_threshold)
+            kernel.apply_(
+                *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1]),
+                *(torch.tensor(rates[i], dtype=torch.float64), hyper.weight_decay, self.scale(hyper), None),
+            )
+
+
+@dataclass(frozen=True)
+class WeightNormAdam(Adam):
+    """Adam on the directions of the rows of W, in the subspace, and on their norms ρ (GradNormLoRP).
+
+    V = W/ρ by rows; ĝ = rowsum(G ∘ V); G_t = G - diag(ĝ)V (tangential); R = project(G_t); N, n = Adam(R), Adam(ĝ);
+    W ← (ρ(1 - lr·λ) - lr·n) · rows of (W - lr·scale·back(N)) brought to length 1. A zero row has no direction: it
+    takes the plain update.
+
+    Source: arXiv 2412.19616.
+    """
+
+    def init(self, plan: Plan) -> State:
+        """Adam's moments, and two more for the row norms."""
+        state = super().init(plan)
+        if plan.side is not None:
+            rows = plan.matrix[:-1]
+            state |= {"magnitude_exp_avg": _zeros(plan, rows), "magnitude_exp_avg_sq": _zeros(plan, rows)}
+        return state
+
+    def targets(self, bucket: Bucket) -> list[Tensor]:
+        """The tangential gradients."""
+        return [self._split(p, g, bucket.plan)[0] for p, g in zip(bucket.params, bucket.grads, strict=True)]
+
+    @staticmethod
+    def _split(param: Tensor, grad: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        """G_t (m, n), ĝ (m), ρ (m). The gradient of a zero row is tangential as a whole."""
+        w, g = param.to(plan.state_dtype), grad.to(plan.state_dtype)
+        norm = torch.linalg.vector_norm(w, dim=-1)
+        direction = w / torch.where(norm > 0, norm, 1).unsqueeze(-1)
+        radial = (g * direction).sum(-1)
+        return g - radial.unsqueeze(-1) * direction, radial, norm
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """One matrix at a time; a dense bucket is plain Adam."""
+        plan = bucket.plan
+        if plan.side is None:
+            super().step_(bucket, hyper, kernel)
+            return
+        lr = float(hyper.lr)
+        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            tangent, radial, norm = self._split(param, bucket.grads[i], plan)
+            low = kernel.project([tangent], bucket.bases[i], plan.side, plan.state_dtype)
+            update, growth = self.adam_(state, low[0], radial, hyper, kernel)
+            moved = tangent.copy_(param).sub_(kernel.back(update, bucket.bases[i], plan.side), alpha=lr * hyper.scale)
+            magnitude = norm.mul(1 - lr * hyper.weight_decay).sub_(growth, alpha=lr).clamp_(min=0)
+            length = torch.linalg.vector_norm(moved, dim=-1)
+            rescale = torch.where((norm > 0) & (length > 0), magnitude / length.clamp(min=1e-30), 1)
+            moved.mul_(rescale.unsqueeze(-1))
+            kernel.write_(param, moved, state["step"], bucket.seeds[i] if bucket.seeds else None)
+
+    def adam_(self, state: State, low: Tensor, radial: Tensor, hyper: Hyper, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """N and n: Adam's updates of direction and length, which share one step count."""
+        same_step = state["step"].clone()
+        (update,) = kernel.adam_update_(
+            *([low], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]]),
+            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside),
+        )
+        (growth,) = kernel.adam_update_(
+            *([radial], [state["magnitude_exp_avg"]], [state["magnitude_exp_avg_sq"]], [same_step]),
+            *(*hyper.betas, hyper.eps, "none", self.eps_inside),
+        )
+        return update, growth
+
+
+def flat(bases: list[Bases]) -> list[Tensor]:
+    """Bases as the kernels take them: all the first ones, then all the second ones."""
+    return [basis for column in zip(*bases, strict=True) for basis in column]
+
+
+def carried(moment: Tensor, change: Change, side: Side | None) -> Tensor:
+    """A moment in the new basis: right M c, left cᵀ M, both c_leftᵀ M c_right."""
+    if side in ("left", "both"):
+        moment = change[0].mT @ moment
+    return moment @ change[-1] if side in ("right", "both") else moment
+
+
+def _carry_project_aware_(state: State, change: Change, side: Side | None, betas: tuple[float, float]) -> None:
+    """LDAdam: V holds E[R²] = variance + mean²; only the mean rotates exactly, the variance mixes by c∘c."""
+    m, v, k = state["exp_avg"], state["exp_avg_sq"], float(state["step"])
+    if k == 0:
+        return
+    correction1, correction2 = 1 - betas[0] ** k, 1 - betas[1] ** k
+    variance = v / correction2 - (m / correction1).square()
+    m.copy_(carried(m, change, side))
+    mixed = carried(variance, tuple(c.square() for c in change), side)
+    v.copy_(mixed.add_((m / correction1).square()).mul_(correction2).abs_())
+
+
+def _clip_(update: Tensor, threshold: float) -> None:
+    rms = update.square().mean().sqrt_()
+    update.div_((rms / threshold).clamp_(min=1))
+
+
+def _zeros(plan: Plan, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, dtype=plan.state_dtype, device=plan.device)
