@@ -1,0 +1,228 @@
+"""The command line. Only argument parsing happens here; each command imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from subspace_optim.pretrain.config import SIZES, Failure, UserError
+from subspace_optim.pretrain.display import complain, table, write
+
+_EXTRA = ("numpy", "transformers", "tokenizers", "rich", "matplotlib")
+EXIT_CODES = (
+    "exit codes: 0 done; 1 training broke down; 2 a mistake in the options or a full disk; 130 or 143 stopped by "
+)
+EXIT_CODES += "Ctrl-C or SIGTERM, with all work saved"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, with the option that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments:"):
+            words = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+            near = [close for word in words for close in difflib.get_close_matches(word, self._options(), 1)]
+            hint = f"; did you mean {', '.join(near)}?" if near else "; --help after the command lists its options"
+        raise UserError(message + hint)
+
+    def _options(self) -> list[str]:
+        found = {option for action in self._actions for option in action.option_strings}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.update(option for parser in action.choices.values() for option in parser._options())
+        return sorted(found)
+
+
+def _rank(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+_rank.__name__ = "rank"  # argparse names the type in its message
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="subspace-optim",
+        description="Train large models with little memory: gradient-projection optimizers for PyTorch.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    one = commands.add_parser(
+        "pretrain",
+        help="pretrain a LLaMA on real text and report what it took",
+        description="Pretrain a LLaMA on real text. With no options: a model of 5 M parameters learns the source of "
+        "Python's standard library under GaLore, in a few minutes on two CPU cores.",
+        epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    one.add_argument(
+        "--optimizer",
+        metavar="NAME",
+        help="galore (default), flora, osd, gradnormlorp, grams, adamw, or a cell of the grid such as svd+lion or "
+        "random+adam+cautious",
+    )
+    _add_run_options(one)
+    where = one.add_argument_group("results")
+    where.add_argument("--out", metavar="DIR", help="where checkpoints and reports go (default: a new folder in runs/)")
+    where.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="go on with the run in DIR, or from one checkpoint; without DIR: the run in --out, or the latest in runs/",
+    )
+    where.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    where.set_defaults(function=_pretrain)
+
+    many = commands.add_parser(
+        "compare",
+        help="pretrain under several optimizers and set them side by side",
+        description="Pretrain the same model on the same data from the same start under each optimizer, and end with "
+        "one table and one picture. Called again after an interruption, it keeps what is finished.",
+        epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    many.add_argument(
+        "optimizers", nargs="+", metavar="NAME", help="adamw galore flora osd gradnormlorp grams, or grid cells"
+    )
+    _add_run_options(many)
+    where = many.add_argument_group("results")
+    where.add_argument(
+        "--out", metavar="DIR", help="where the runs and the comparison go (default: runs/compare-MODEL)"
+    )
+    where.add_argument("--overwrite", action="store_true", help="start again where --out holds other runs")
+    where.set_defaults(function=_compare)
+
+    here = commands.add_parser("backends", help="which kernels are available here, and why others are not")
+    here.set_defaults(function=_backends)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="SIZE", help=f"{', '.join(SIZES)}, or a .json file (default: tiny; grows on a GPU)"
+    )
+    for name in ("hidden", "intermediate", "heads", "layers"):
+        model.add_argument(f"--{name}", type=int, metavar="N", help="in place of that of the size")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and gradients (default: float32)")
+    model.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), help="(default: sdpa)")
+    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    model.add_argument("--compile", action="store_true", help="run the model through torch.compile")
+    model.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text files, folders or .jsonl files, or hf:DATASET[:CONFIG[:SPLIT]] (default: Python's standard library)",
+    )
+    data.add_argument("--text-key", metavar="KEY", help="where jsonl lines keep their text (default: text)")
+    data.add_argument(
+        "--tokenizer", metavar="NAME", help="bpe (default), a tokenizer.json, a folder, or a name on the hub"
+    )
+    data.add_argument(
+        "--vocab-size", type=int, metavar="N", help="of the bpe (default: 4096 for tiny, otherwise 32000)"
+    )
+    data.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence")
+
+    update = parser.add_argument_group("optimization (defaults by optimizer and size, from the papers)")
+    update.add_argument(
+        "--rank", type=_rank, metavar="R", help="of the projection; below 1: a fraction of the dimension"
+    )
+    update.add_argument("--update-proj-gap", type=int, metavar="N", help="steps between refreshes of the projection")
+    update.add_argument("--scale", type=float, metavar="X", help="of the projected update")
+    update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
+    update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
+    update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")
+    update.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 for none (default: 1)")
+    update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
+    update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")
+
+    budget = parser.add_argument_group("budget")
+    budget.add_argument("--batch-size", type=int, metavar="N", help="sequences in a micro-batch")
+    budget.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
+    budget.add_argument("--steps", type=int, metavar="N", help="updates")
+    budget.add_argument("--tokens", type=int, metavar="N", help="training tokens, in place of --steps")
+    budget.add_argument("--eval-every", type=int, metavar="N", help="steps between measurements of the perplexity")
+    budget.add_argument("--eval-tokens", type=int, metavar="N", help="held-out tokens it is measured on")
+    budget.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    budget.add_argument("--keep", type=int, metavar="N", help="checkpoints to keep (default: 2)")
+    budget.add_argument(
+        "--seed", type=int, metavar="N", help="of the weights, the data order and the optimizer (default: 0)"
+    )
+
+    show = parser.add_argument_group("display")
+    show.add_argument("--quiet", action="store_true", help="only the results and what went wrong")
+    show.add_argument("--plain", action="store_true", help="lines instead of the live display")
+
+
+class _Pair(argparse.Action):
+    """Keeps two values as a tuple, as configurations hold them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _require_extra() -> None:
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise UserError(f"this command needs {', '.join(missing)}; pip install 'subspace-optim[cli]'")
+
+
+def _pretrain(given: dict[str, Any]) -> int:
+    _require_extra()
+    from subspace_optim.pretrain.command import pretrain
+
+    return pretrain(given)
+
+
+def _compare(given: dict[str, Any]) -> int:
+    _require_extra()
+    from subspace_optim.pretrain.compare import compare
+
+    return compare(given)
+
+
+def _backends(given: dict[str, Any]) -> int:
+    import subspace_optim as so
+
+    write(table(("backend", "status"), list(so.backends().items())))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: The command line after the program's name; that of the process if None.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        given = vars(_parser().parse_args(arguments))
+        del given["command"]
+        function: Callable[[dict[str, Any]], int] = given.pop("function")
+        return function(given)
+    except Failure as error:
+        complain("error", str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        complain("error", "interrupted before there was anything to save")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone; what is still buffered must not raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

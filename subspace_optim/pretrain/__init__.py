@@ -1,0 +1,1 @@
+"""The main job: pretrain a LLaMA on real text under any of the optimizers."""

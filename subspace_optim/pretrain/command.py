@@ -1,0 +1,206 @@
+"""The `pretrain` command: from the options that were given to a trained model and its report."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subspace_optim.pretrain import checkpoint
+from subspace_optim.pretrain.config import FREE_ON_RESUME, RunConfig, UserError, check_numbers, flag, resolve
+from subspace_optim.pretrain.display import Display, duration, size, table
+from subspace_optim.pretrain.files import storage_errors
+from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
+from subspace_optim.pretrain.model import find_device
+from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, write_json
+
+RUNS = Path("runs")
+_OURS = (checkpoint.FOLDER, "report.json", "report.png")
+
+
+def pretrain(given: Mapping[str, Any]) -> int:
+    """Train a model as the command line says.
+
+    Args:
+        given: The options that were named, and nothing else.
+
+    Returns:
+        The exit code: 0, or 128 plus the number of the signal that stopped the run.
+
+    Raises:
+        UserError: An option cannot be used.
+        Diverged: Training broke down.
+    """
+    options = dict(given)
+    display = Display(quiet=options.pop("quiet", False), plain=options.pop("plain", False))
+    out = Path(options.pop("out")).expanduser() if "out" in options else None
+    overwrite = options.pop("overwrite", False)
+    if "resume" in options:
+        if overwrite:
+            raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
+        named = options.pop("resume")
+        folder = Path(named).expanduser() if named else out or _latest_run()
+        run = _resumed(folder, options, display)
+    else:
+        config = configure(options)
+        folder = out or _free_folder(config)
+        _check_folder(folder, overwrite)
+        check_optimizer(config)
+        run = Run(config, folder, display)
+        if overwrite:
+            clear(folder)
+    introduce(run)
+    try:
+        run.train()
+    except Interrupted as stop:
+        display.result(f"stopped by {stop} after step {run.step}; everything is saved. Go on with:")
+        display.result(f"  {program()} pretrain --resume {shlex.quote(str(run.folder))}")
+        return stop.exit_code
+    except BaseException:
+        if run.step and any(checkpoint.checkpoints(run.folder)):
+            display.warn(
+                f"the run stops here; its last checkpoint goes on with --resume {shlex.quote(str(run.folder))}"
+            )
+        raise
+    report = make_report(run)
+    write_json(run.folder / "report.json", report)
+    draw_run(run.folder / "report.png", report)
+    _conclude(run, report)
+    return 0
+
+
+def configure(options: Mapping[str, Any]) -> RunConfig:
+    """Resolve the options of a new run on the device they name.
+
+    Args:
+        options: The options that were named.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    device = find_device(options.get("device", "auto"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    data = tuple(
+        name if ":" in name or name == "stdlib" else str(Path(name).absolute()) for name in options.get("data", ())
+    )
+    return resolve({**options, "data": data, "device": str(device)}, free_bytes=free)
+
+
+def program() -> str:
+    """How this program was called, so that a command we print can be pasted."""
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m subspace_optim"
+    return shlex.quote(sys.argv[0])
+
+
+def _resumed(named: Path, options: dict[str, Any], display: Display) -> Run:
+    folder, state, facts = checkpoint.load_newest(named, display.warn)
+    config = _same_run(RunConfig.from_dict(facts["config"]), options, folder)
+    if config.steps < state["step"]:
+        raise UserError(f"--steps {config.steps}: the checkpoint in {folder} is at step {state['step']} already")
+    run = Run(config, folder, display)
+    run.load(state, facts)
+    display.info(f"resuming {folder} after step {run.step}")
+    return run
+
+
+def _same_run(saved: RunConfig, options: dict[str, Any], folder: Path) -> RunConfig:
+    """The saved configuration with the options that may change; any other difference is refused."""
+    check_numbers(options)
+    if "tokens" in options:
+        options["steps"] = -(-options.pop("tokens") // saved.tokens_per_step)
+    if "data" in options:
+        options["data"] = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in options["data"])
+    options["device"] = str(find_device(options.get("device", saved.device)))
+    for name, value in options.items():
+        was = getattr(saved, name)
+        if name not in FREE_ON_RESUME and value != was:
+            raise UserError(
+                f"{flag(name)} {value}: the checkpoint in {folder} was made with {was}; "
+                f"leave {flag(name)} out to go on with that run, or start another in its own --out"
+            )
+    return replace(saved, **options)
+
+
+def _latest_run() -> Path:
+    runs = [path.parent for path in RUNS.glob(f"*/{checkpoint.FOLDER}")]
+    if not runs:
+        raise UserError(f"--resume: there is no run in {RUNS.absolute()}; name its folder: --resume DIR")
+    return max(runs, key=lambda path: (path / checkpoint.FOLDER).stat().st_mtime)
+
+
+def _free_folder(config: RunConfig) -> Path:
+    name = f"{Path(config.model).stem}-{config.optimizer}"
+    candidates = [RUNS / name, *(RUNS / f"{name}-{number}" for number in range(2, 10_000))]
+    return next(folder for folder in candidates if not holds_run(folder))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run or what is left of one."""
+    return any((folder / name).exists() for name in _OURS)
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if holds_run(folder) and not overwrite:
+        raise UserError(
+            f"--out {folder}: holds another run; go on with it by --resume {folder}, replace it by --overwrite, "
+            "or choose another --out"
+        )
+    with storage_errors("--out", folder, "choose a folder that can be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"1")
+        probe.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Remove a run, and nothing else that its folder holds.
+
+    Args:
+        folder: The directory of the run.
+    """
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _conclude(run: Run, report: Mapping[str, Any]) -> None:
+    final, memory, speed = report["final"], report["bytes"], report["speed"]
+    say = run.display.info
+    say("")
+    rows = [(text, size(memory[key])) for key, text in CATEGORIES.items()]
+    say(table(("memory", "size"), [*rows, (f"peak ({memory['peak_is']})", size(memory["peak"]))]))
+    say("")
+    say(
+        f"{duration(report['seconds']['total'])} in all; a step took {speed['step_ms']:.0f} ms, "
+        f"{speed['optimizer_ms']:.0f} of them in the optimizer"
+    )
+    if report["skipped_steps"]:
+        say(f"{report['skipped_steps']} steps were skipped because the loss or its gradient was not finite")
+    run.display.result(
+        f"perplexity {final['perplexity']:.2f} on {final['tokens']} held-out tokens after {report['tokens']} training "
+        f"tokens; see {run.folder / 'report.json'} and report.png"
+    )
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a finished run, or None if there is none that can be read.
+
+    Args:
+        folder: The directory of the run.
+    """
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None

@@ -1,0 +1,130 @@
+"""The `compare` command: the same model, data and seed under several optimizers, side by side."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from subspace_optim.pretrain import checkpoint
+from subspace_optim.pretrain.command import RUNS, clear, configure, holds_run, program, read_report
+from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag
+from subspace_optim.pretrain.display import MIB, Display, table
+from subspace_optim.pretrain.loop import check_optimizer, stop_signals
+from subspace_optim.pretrain.report import draw_comparison, write_json
+
+_SWITCHES = ("gradient_checkpointing", "compile", "quiet", "plain")
+_PER_OPTIMIZER = ("rank", "update_proj_gap", "scale")
+
+
+def compare(given: Mapping[str, Any]) -> int:
+    """Train under each optimizer, in a process of its own so that peak memory is its own, and compare.
+
+    Args:
+        given: The options that were named, and nothing else.
+
+    Returns:
+        The exit code: 0, or that of the run that did not finish.
+
+    Raises:
+        UserError: An option cannot be used, or the folder holds a comparison of other runs.
+    """
+    options = dict(given)
+    names = [ALIASES.get(name, name) for name in options.pop("optimizers")]
+    display = Display(quiet=options.get("quiet", False), plain=options.get("plain", False))
+    out = Path(options.pop("out", RUNS / f"compare-{Path(options.get('model', 'tiny')).stem}")).expanduser()
+    overwrite = options.pop("overwrite", False)
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise UserError(f"compare {again}: is named twice")
+
+    configs = {name: configure(_options_for(name, options)) for name in names}
+    for config in configs.values():
+        check_optimizer(config)
+    for name, config in configs.items():
+        if holds_run(out / name) and not _belongs(out / name, config):
+            if not overwrite:
+                raise UserError(
+                    f"--out {out}: holds a run of {name} with other options; start again with --overwrite, "
+                    "or choose another --out"
+                )
+            clear(out / name)
+
+    reports = {}
+    for name in names:
+        report = read_report(out / name)
+        if report is None:
+            display.info(f"── {name} ──")
+            code = _train(out / name, name, options)
+            if code != 0:
+                _explain(code, name, display)
+                return code
+            report = read_report(out / name)
+        else:
+            display.info(f"── {name}: finished before, kept ──")
+        if report is None:
+            raise UserError(f"--out {out / name}: its report.json cannot be read; start again with --overwrite")
+        reports[name] = report
+    _conclude(out, reports, display)
+    return 0
+
+
+def _options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one run: what only projections have is kept from the dense ones."""
+    dense = name in ("adamw", "grams") or name.startswith("none+")
+    kept = {key: value for key, value in options.items() if key not in ("quiet", "plain")}
+    return {"optimizer": name, **{key: value for key, value in kept.items() if not (dense and key in _PER_OPTIMIZER)}}
+
+
+def _belongs(folder: Path, config: RunConfig) -> bool:
+    report = read_report(folder)
+    if report is not None:
+        return bool(report["config"] == config.to_dict())
+    saved = [checkpoint.facts_of(path) for path in checkpoint.checkpoints(folder)]
+    return all(facts is None or facts["config"] == config.to_dict() for facts in saved)
+
+
+def _train(folder: Path, name: str, options: Mapping[str, Any]) -> int:
+    command = [sys.executable, "-m", "subspace_optim", "pretrain"]
+    if any(checkpoint.checkpoints(folder)):
+        command += ["--resume", str(folder)]
+        command += [flag(key) for key in ("quiet", "plain") if options.get(key)]
+    else:
+        command += ["--out", str(folder), "--overwrite"]
+        shown = {key: options[key] for key in ("quiet", "plain") if key in options}
+        for key, value in {**_options_for(name, options), **shown}.items():
+            command.append(flag(key))
+            if key not in _SWITCHES:
+                command += [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    # A Ctrl-C in the terminal reaches the run too: it saves and ends, and we end after it. A SIGTERM reaches only us.
+    with subprocess.Popen(command) as process, stop_signals(pass_on=process.send_signal):
+        return process.wait()
+
+
+def _explain(code: int, name: str, display: Display) -> None:
+    command = " ".join([program(), *map(shlex.quote, sys.argv[1:])])
+    display.result(f"the comparison stops in {name} (exit code {code}); what is finished is kept by the same command:")
+    display.result(f"  {command}")
+
+
+def _conclude(out: Path, reports: Mapping[str, Mapping[str, Any]], display: Display) -> None:
+    header = ("optimizer", "perplexity", "state MiB", "peak MiB", "step ms", "tokens/s")
+    rows = [
+        (
+            name,
+            f"{report['final']['perplexity'] or float('inf'):.2f}",
+            f"{report['bytes']['optimizer_state'] / MIB:.1f}",
+            f"{report['bytes']['peak'] / MIB:.0f}",
+            f"{report['speed']['step_ms']:.0f}",
+            f"{report['speed']['tokens_per_second']:.0f}",
+        )
+        for name, report in reports.items()
+    ]
+    write_json(out / "compare.json", {"runs": reports})
+    draw_comparison(out / "compare.png", reports)
+    display.result("")
+    display.result(table(header, rows))
+    display.result(f"see {out / 'compare.json'} and compare.png")

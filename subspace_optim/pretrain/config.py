@@ -1,0 +1,374 @@
+"""What a run is: the model sizes, the defaults of each optimizer, and the options of one run, resolved and checked."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+GIB = 1 << 30
+
+
+class Failure(Exception):
+    """An end that was foreseen: shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(Failure):
+    """Something the person at the keyboard can mend, such as a bad option or a full disk."""
+
+    exit_code = 2
+
+
+class Diverged(Failure):
+    """The loss or the gradient was not finite for too many steps in a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model of the LLaMA family and the budget it is pretrained with."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    rank: int
+    batch_size: int = 32
+    accumulate: int = 16
+    steps: int = 10_000
+    vocab_size: int = 32_000
+    seq_len: int = 256
+    every: int = 1000
+    eval_tokens: int = 1 << 20
+
+
+# 60m to 7b: dimensions, ranks, 512 sequences of 256 tokens per update and steps of the GaLore paper (arXiv 2403.03507,
+# table 5). 9m and 20m are the two smaller members that its successors use. tiny is the body of 20m under a vocabulary
+# of 4096, with a budget of a few minutes on two CPU cores.
+SIZES: dict[str, Size] = {
+    "tiny": Size(
+        256, 688, 4, 4, rank=64, batch_size=8, accumulate=1, steps=400, vocab_size=4096, seq_len=128, every=100,
+        eval_tokens=16_384,
+    ),
+    "9m": Size(128, 352, 4, 4, rank=32, batch_size=64, accumulate=2, steps=5_000),
+    "20m": Size(256, 688, 4, 4, rank=64, batch_size=64, accumulate=2, steps=5_000),
+    "60m": Size(512, 1376, 8, 8, rank=128, batch_size=64, accumulate=8, steps=10_000),
+    "130m": Size(768, 2048, 12, 12, rank=256, batch_size=32, accumulate=16, steps=20_000),
+    "350m": Size(1024, 2736, 16, 24, rank=256, batch_size=16, accumulate=32, steps=60_000),
+    "1b": Size(2048, 5461, 32, 24, rank=512, batch_size=16, accumulate=32, steps=100_000),
+    "7b": Size(4096, 11008, 32, 32, rank=1024, batch_size=8, accumulate=64, steps=150_000),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerDefaults:
+    """Hyperparameters used where the command line names none; None leaves the choice to the optimizer."""
+
+    lr: float
+    source: str
+    scale: float | None = None
+    update_proj_gap: int | None = None
+    projected: bool = True
+
+
+OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
+    "adamw": OptimizerDefaults(1e-3, "GaLore paper's sweep for the full-rank baseline", projected=False),
+    "galore": OptimizerDefaults(1e-2, "GaLore paper, 60M to 1B", scale=0.25, update_proj_gap=200),
+    "flora": OptimizerDefaults(1e-2, "ours at tiny; the paper has no LLaMA run", update_proj_gap=200),
+    "osd": OptimizerDefaults(1e-2, "Online Subspace Descent's script, 60M", scale=0.25, update_proj_gap=200),
+    "gradnormlorp": OptimizerDefaults(1e-2, "GradNormLoRP's script", scale=0.25, update_proj_gap=250),
+    "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),
+}
+ALIASES = {"online_subspace_descent": "osd"}
+
+# Grid cells: the learning rate belongs to the rule, and what is projected takes GaLore's gap and scale.
+RULE_LR = {"adam": (1e-3, 1e-2), "adafactor": (1e-2, 1e-2), "lion": (3e-4, 1e-3), "momentum": (1e-1, 1e-1)}
+
+
+def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
+    """Defaults of an optimizer or grid cell for a model size.
+
+    Args:
+        name: One of the five, ``adamw``, or ``projector+rule[+transform]``.
+        model: Name of the size; 7b has its own learning rate and gap in the GaLore paper.
+
+    Returns:
+        The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
+        refused when the optimizer is made.
+    """
+    name = ALIASES.get(name, name)
+    if name in OPTIMIZER_DEFAULTS:
+        row = OPTIMIZER_DEFAULTS[name]
+    else:
+        projector, _, rest = name.partition("+")
+        dense_lr, projected_lr = RULE_LR.get(rest.partition("+")[0], RULE_LR["adam"])
+        if projector == "none":
+            return OptimizerDefaults(dense_lr, "ours, by rule", projected=False)
+        row = OptimizerDefaults(projected_lr, "ours, by rule", scale=0.25, update_proj_gap=200)
+    if model == "7b" and row.projected:
+        return OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
+    return row
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every option of one run, with nothing left to a default."""
+
+    model: str
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    vocab_size: int
+    seq_len: int
+    dtype: str
+    gradient_checkpointing: bool
+    compile: bool
+    attention: str
+    device: str
+    data: tuple[str, ...]
+    text_key: str
+    tokenizer: str
+    optimizer: str
+    rank: int | float | None
+    update_proj_gap: int | None
+    scale: float | None
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float] | None
+    batch_size: int
+    accumulate: int
+    steps: int
+    warmup: int
+    min_lr_ratio: float
+    clip: float
+    seed: int
+    eval_every: int
+    eval_tokens: int
+    save_every: int
+    keep: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update is made from."""
+        return self.batch_size * self.accumulate * self.seq_len
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``subspace_optim.create``; what is None is left to the optimizer."""
+        optional = {"betas": self.betas, "update_proj_gap": self.update_proj_gap, "scale": self.scale}
+        return {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "rank": self.rank,
+            "seed": self.seed,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values that JSON and ``torch.load(weights_only=True)`` accept."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of ``to_dict``.
+
+        Args:
+            values: The options by name.
+
+        Raises:
+            UserError: An option is missing or unknown, so another version wrote them.
+        """
+        names = {field.name for field in fields(cls)}
+        if names != set(values):
+            odd = ", ".join(sorted(names ^ set(values)))
+            raise UserError(f"the checkpoint's options do not fit this version of subspace_optim ({odd})")
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**plain)
+
+
+# Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
+# steps, which a person sets on purpose to train for longer.
+FREE_ON_RESUME = frozenset({"steps", "device", "compile", "eval_every", "save_every", "keep"})
+
+
+def flag(name: str) -> str:
+    """The spelling of an option on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve(given: Mapping[str, Any], device: str = "cpu", free_bytes: int | None = None) -> RunConfig:
+    """Fill in what the person did not say and check all of it.
+
+    Args:
+        given: The options that were named on the command line.
+        device: Where the run takes place, already chosen.
+        free_bytes: Free memory of the GPU, by which the default model grows; None on a CPU.
+
+    Raises:
+        UserError: An option has a value that cannot be used.
+    """
+    values: dict[str, Any] = dict(given)
+    tokens = values.pop("tokens", None)
+    if free_bytes is not None and "model" not in values:
+        for key, value in grow_to_fit(free_bytes).items():
+            values.setdefault(key, value)
+    values.setdefault("model", "tiny")
+    size, dimensions = _size(values["model"])
+    for key, value in (asdict(size) | dimensions).items():
+        if key in RunConfig.__dataclass_fields__ and key != "rank":
+            values.setdefault(key, value)
+    check_numbers(values | ({"tokens": tokens} if tokens is not None else {}))
+    if tokens is not None:
+        if "steps" in given:
+            raise UserError(f"--tokens {tokens}: --steps {given['steps']} says how long to train already; give one")
+        per_step = values["batch_size"] * values["accumulate"] * values["seq_len"]
+        values["steps"] = math.ceil(tokens / per_step)
+
+    values["optimizer"] = ALIASES.get(values.get("optimizer", "galore"), values.get("optimizer", "galore"))
+    defaults = optimizer_defaults(values["optimizer"], values["model"])
+    if defaults.projected or (values["optimizer"] == "grams" and "rank" in given):
+        values.setdefault("rank", size.rank if not dimensions else max(1, values["hidden"] // 4))
+    else:
+        for key in ("rank", "update_proj_gap", "scale"):
+            if key in given:
+                raise UserError(
+                    f"{flag(key)} {given[key]}: {values['optimizer']} projects nothing; "
+                    f"leave {flag(key)} out, or choose an optimizer that projects"
+                )
+        values["rank"] = None
+    for key in ("update_proj_gap", "scale", "lr"):
+        values.setdefault(key, getattr(defaults, key))
+    fixed: dict[str, Any] = {
+        "weight_decay": 0.0, "betas": None, "dtype": "float32", "gradient_checkpointing": False, "compile": False,
+        "attention": "sdpa", "device": device, "data": (), "text_key": "text", "tokenizer": "bpe",
+        "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "seed": 0,
+        "eval_every": size.every, "save_every": size.every, "keep": 2,
+    }  # fmt: skip
+    if values.get("warmup", 0) > values["steps"]:
+        raise UserError(f"--warmup {values['warmup']}: is longer than the run of {values['steps']} steps")
+    named = {key: value for key, value in values.items() if key in RunConfig.__dataclass_fields__}
+    config = RunConfig(**(fixed | named))
+    if config.hidden % config.heads:
+        raise UserError(f"--heads {config.heads}: does not divide --hidden {config.hidden}")
+    if config.hidden // config.heads % 2:
+        raise UserError(
+            f"--heads {config.heads}: leaves {config.hidden // config.heads} dimensions a head; "
+            "rotary embeddings need an even number"
+        )
+    return config
+
+
+_AT_LEAST_ONE = (
+    "tokens", "steps", "batch_size", "accumulate", "seq_len", "hidden", "intermediate", "heads", "layers",
+    "update_proj_gap", "eval_every", "eval_tokens", "save_every", "keep",
+)  # fmt: skip
+_NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed")
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Refuse numbers that no run can use.
+
+    Args:
+        values: Options by name; those that are missing are not looked at.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+    for key in _AT_LEAST_ONE:
+        if key in values and values[key] < 1:
+            raise UserError(f"{flag(key)} {values[key]}: must be at least 1")
+    for key in _NOT_NEGATIVE:
+        if key in values and not 0 <= values[key] < math.inf:
+            raise UserError(f"{flag(key)} {values[key]}: must be 0 or more")
+    for key in ("lr", "scale"):
+        if key in values and not 0 < values[key] < math.inf:
+            raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
+    if "vocab_size" in values and values["vocab_size"] < 257:
+        raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
+    if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
+        raise UserError(f"--min-lr-ratio {values['min_lr_ratio']}: must lie between 0 and 1")
+    for beta in values.get("betas") or ():
+        if not 0 <= beta < 1:
+            raise UserError(f"--betas {beta}: each must be at least 0 and below 1, such as 0.9 0.999")
+    rank = values.get("rank")
+    if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        raise UserError(f"--rank {rank}: must be a whole number from 1 up, or a fraction between 0 and 1")
+
+
+def _size(model: str) -> tuple[Size, dict[str, int]]:
+    """The named size, or that of tiny with the dimensions that a JSON file gives."""
+    if model in SIZES:
+        return SIZES[model], {}
+    if not model.endswith(".json"):
+        near = difflib.get_close_matches(model, SIZES, 1)
+        hint = f"did you mean {near[0]}?" if near else "it must be one of them or a .json file with the dimensions"
+        raise UserError(f"--model {model}: unknown; the sizes are {', '.join(SIZES)}; {hint}")
+    try:
+        found = json.loads(Path(model).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: cannot be read as JSON ({error})") from error
+    published = {
+        "hidden_size": "hidden",
+        "intermediate_size": "intermediate",
+        "num_attention_heads": "heads",
+        "num_hidden_layers": "layers",
+    }
+    if not isinstance(found, dict):
+        raise UserError(f"--model {model}: must hold an object with {', '.join(published)}")
+    dimensions: dict[str, Any] = {ours: found.get(theirs, found.get(ours)) for theirs, ours in published.items()}
+    wrong = [theirs for theirs, ours in published.items() if not isinstance(dimensions[ours], int)]
+    if wrong:
+        raise UserError(f"--model {model}: needs a whole number for {', '.join(wrong)}")
+    if isinstance(found.get("vocab_size"), int):
+        dimensions["vocab_size"] = found["vocab_size"]
+    return SIZES["tiny"], dimensions
+
+
+def parameter_count(size: Size) -> int:
+    """Parameters of the LlamaForCausalLM of this size, embedding and head not tied."""
+    layer = 4 * size.hidden**2 + 3 * size.hidden * size.intermediate + 2 * size.hidden
+    return 2 * size.vocab_size * size.hidden + size.layers * layer + size.hidden
+
+
+def training_bytes(size: Size, batch_size: int) -> int:
+    """A cautious estimate of the memory that AdamW in float32 takes to train this size.
+
+    Args:
+        size: The model.
+        batch_size: Sequences in a micro-batch.
+    """
+    per_token = size.layers * (16 * size.hidden + 6 * size.intermediate) + 4 * size.vocab_size
+    return 16 * parameter_count(size) + 4 * batch_size * size.seq_len * per_token
+
+
+def grow_to_fit(free_bytes: int) -> dict[str, Any]:
+    """The default run on a GPU: the largest model and batch that fit in two thirds of its free memory.
+
+    Args:
+        free_bytes: Free memory of the device.
+
+    Returns:
+        The model, batch size, accumulation, steps and evaluation budget, sized for a run of minutes.
+    """
+    budget = free_bytes * 2 // 3
+    for name in ("350m", "130m", "60m", "20m"):
+        for batch_size in (64, 32, 16):
+            if training_bytes(SIZES[name], batch_size) <= budget:
+                pace = {"eval_every": 100, "save_every": 100, "eval_tokens": 1 << 17}
+                return {"model": name, "batch_size": batch_size, "accumulate": 64 // batch_size, "steps": 500, **pace}
+    return {"model": "tiny"}
+
+
+def cache_root() -> Path:
+    """Where tokenizers and token streams are kept: ``$SUBSPACE_OPTIM_CACHE`` or ``~/.cache/subspace_optim``."""
+    named = os.environ.get("SUBSPACE_OPTIM_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "subspace_optim"
