@@ -29,6 +29,7 @@ from .rules import Adam, Rule
 from .types import Bucket, Hyper, Plan, State, make_plan
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
+_REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -95,14 +96,12 @@ class SubspaceOptimizer(Optimizer):
         self.skipped_updates = 0
         if backend != "auto" and backend not in select.IMPLS:
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
-        if isinstance(rank := projector.rank if projector else None, bool):
-            raise ValueError(f"{where}: rank={rank!r} must be a number")
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": self.rule.betas if betas is None else tuple(betas),
             "eps": eps,
             "weight_decay": weight_decay,
-            "rank": rank,
+            "rank": projector.rank if projector else None,
             "update_proj_gap": projector.update_proj_gap if projector else 200,
             "scale": scale,
             "proj_type": projector.proj_type if projector else "std",
@@ -262,20 +261,21 @@ class SubspaceOptimizer(Optimizer):
         if self.rule.looks_behind:
             stale = set(due)
             bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]
-        if due:
+        at_once = max(1, _REFRESH_ELEMENTS // math.prod(plan.matrix))
+        for chunk in (due[i : i + at_once] for i in range(0, len(due), at_once)):
             part = replace(
                 bucket,
-                params=[bucket.params[i] for i in due],
-                grads=[bucket.grads[i] for i in due],
-                states=[bucket.states[i] for i in due],
+                params=[bucket.params[i] for i in chunk],
+                grads=[bucket.grads[i] for i in chunk],
+                states=[bucket.states[i] for i in chunk],
             )
-            seeds = [self._seed(positions[i]) for i in due]
+            seeds = [self._seed(positions[i]) for i in chunk]
             try:
                 changes = projector.refresh_(plan, part.states, self.rule.targets(part), seeds)
             except LinAlgError:
-                return
+                continue
             self.rule.carry_(plan, part.states, changes, hyper)
-            for i, bases in zip(due, projector.bases(plan, part.states), strict=True):
+            for i, bases in zip(chunk, projector.bases(plan, part.states), strict=True):
                 state = bucket.states[i]
                 state["age"] = self._offset(positions[i], group) if state["age"] == UNSET else 0
                 bucket.bases[i] = bases
