@@ -1,5 +1,7 @@
 """GaLore (2403.03507): an optimizer that lives in the leading singular subspace of the gradient."""
 
+from functools import partial
+
 import numpy as np
 
 from .rules import Adam, Lion, transform
@@ -9,18 +11,20 @@ from .subspace import Basis, side_of, svd_basis
 class GaLoreOracle:
     """`basis(G, t)` replaces the SVD: it returns the Basis that step t uses, a new object at each refresh.
 
-    `rule` replaces Adam. `decay_after` is the official order, except in its Adafactor.
+    `rule(betas)` replaces Adam; without `betas` it has its own. `decay_after` is the official
+    order, except in its Adafactor.
     """
 
     def __init__(
-        self, W0, *, lr, rank=None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, update_proj_gap=200, scale=1.0,
+        self, W0, *, lr, rank=None, betas=None, eps=1e-8, weight_decay=0.0, update_proj_gap=200, scale=1.0,
         proj_type="std", moments="rotate", transform="none", rule=None, basis=None, official=False, decay_after=None,
     ):  # fmt: skip
         self.W = np.array(W0, float)
         self.lr, self.weight_decay, self.scale = lr, weight_decay, scale
         self.moments, self.transform = "keep" if official else moments, transform
         self.decay_after = official if decay_after is None else decay_after
-        self.rule = rule or Adam(betas, eps, hf=official)
+        rule = rule or partial(Adam, eps=eps, hf=official)
+        self.rule = rule(betas) if betas else rule()
         side, T = side_of(self.W.shape, proj_type), update_proj_gap
         self.choose_basis = basis or (lambda G, t: svd_basis(G, side, rank) if t % T == 0 else self.basis)
         self.basis: Basis | None = None

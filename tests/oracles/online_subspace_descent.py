@@ -30,22 +30,23 @@ class OnlinePCA:
 
 
 class OnlineSubspaceDescentOracle(GaLoreOracle):
-    """`first_basis` replaces the singular Basis of the first gradient; the basis drifts, so moments are always kept.
+    """`basis(G, 0)` replaces the singular Basis of the first gradient; as it drifts, moments are kept as they are.
 
     Official: AdamW on the basis with lr = (1/T) lr_t / lr_0 and decay 0.01.
     """
 
     def __init__(
-        self, W0, *, lr, rank=None, basis_lr=5e-3, update_proj_gap=200, proj_type="std", first_basis=None,
+        self, W0, *, lr, rank=None, basis_lr=5e-3, update_proj_gap=200, proj_type="std", basis=None,
         official=False, **settings,
     ):  # fmt: skip
-        super().__init__(W0, lr=lr, moments="keep", basis=lambda G, t: self.basis, official=official, **settings)
-        self.first_basis = first_basis or (lambda G: svd_basis(G, side_of(self.W.shape, proj_type), rank))
+        settings |= {"lr": lr, "moments": "keep", "official": official}
+        super().__init__(W0, basis=lambda G, t: self.basis, **settings)
+        self.first_basis = basis or (lambda G, t: svd_basis(G, side_of(self.W.shape, proj_type), rank))
         self.pca = {"basis_lr": 1 / update_proj_gap, "weight_decay": 0.01} if official else {"basis_lr": basis_lr}
 
     def step(self, G, lr=None):
         if self.t == 0:
-            self.basis = self.first_basis(G)
+            self.basis = self.first_basis(G, 0)
             self.online = [None if B is None else OnlinePCA(B, **self.pca) for B in self.basis]
         super().step(G, lr)
         if self.t > 1:  # the singular basis of the first gradient is already optimal for it

@@ -49,8 +49,8 @@ class Lion:
 class Momentum:
     """M ← β M + R;  D = lr M  (torch.optim.SGD's)."""
 
-    def __init__(self, beta=0.9):
-        self.beta = beta
+    def __init__(self, betas=(0.9, 0.999)):
+        self.beta = betas[0]
         self.M = 0.0
 
     carry = Lion.carry
@@ -65,15 +65,18 @@ def rms(X: Array) -> float:
 
 
 class FactoredSecondMoment:
-    """Adafactor (1804.04235): V ≈ row ⊗ col / mean(row), with β2 = 1 - k^(-decay)."""
+    """Adafactor (1804.04235): V ≈ row ⊗ col / mean(row), with β2 = 1 - k^(-decay); the whole V of a vector."""
 
     def __init__(self, decay=0.8, eps=1e-30):
         self.decay, self.eps = decay, eps
-        self.row, self.col, self.k = 0.0, 0.0, 0
+        self.row, self.col, self.V, self.k = 0.0, 0.0, 0.0, 0
 
     def normalise(self, X: Array) -> Array:  # X / √V
         self.k += 1
         b2 = 1 - self.k**-self.decay
+        if X.ndim < 2:
+            self.V = b2 * self.V + (1 - b2) * (X**2 + self.eps)
+            return X / np.sqrt(self.V)
         self.row = b2 * self.row + (1 - b2) * (X**2 + self.eps).mean(-1)
         self.col = b2 * self.col + (1 - b2) * (X**2 + self.eps).mean(-2)
         return X / np.sqrt(np.outer(self.row, self.col) / self.row.mean())
@@ -82,8 +85,8 @@ class FactoredSecondMoment:
 class Adafactor:
     """U = R/√V clipped to RMS 1;  M ← β1 M + (1-β1) U;  D = lr M.  Official: M ← β1 M + (1-β1) lr U;  D = M."""
 
-    def __init__(self, beta1=0.9, decay=0.8, clip=1.0, official=False):
-        self.beta1, self.clip, self.official = beta1, clip, official
+    def __init__(self, betas=(0.9, 0.999), decay=0.8, clip=1.0, official=False):
+        self.beta1, self.clip, self.official = betas[0], clip, official
         self.second, self.M = FactoredSecondMoment(decay), 0.0
 
     def carry(self, c: Basis, moments: str) -> None:
