@@ -6,29 +6,34 @@ Philox-4x32-10 (Salmon et al., SC 2011), the generator of cuRAND and of `triton.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
+_Word = TypeVar("_Word", int, Tensor)
 
 
 def philox(seed: int, c0: Tensor, c1: int = 0, c2: int = 0, c3: int = 0) -> Tensor:
     """Four 32-bit words for every counter (c0[i], c1, c2, c3): int64 in [0, 2³²), shape (4, len(c0))."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1, x2, x3 = c0, torch.full_like(c0, c1), torch.full_like(c0, c2), torch.full_like(c0, c3)
-    for _ in range(10):
-        p0, p2 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # int64 products wrap; the low 64 bits are what Philox wants
-        x0, x1, x2, x3 = (p2 >> 32) & _MASK ^ x1 ^ k0, p2 & _MASK, (p0 >> 32) & _MASK ^ x3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack((x0, x1, x2, x3))
+    return torch.stack(_rounds(seed, c0, *(torch.full_like(c0, c) for c in (c1, c2, c3))))
 
 
 def mix(seed: int, stream: int) -> int:
     """A 63-bit seed for a numbered stream of `seed`: neighbouring numbers give unrelated seeds."""
-    low, high = philox(seed, torch.tensor([stream & _MASK]), stream >> 32)[:2, 0].tolist()
+    low, high, _, _ = _rounds(seed, stream & _MASK, stream >> 32, 0, 0)
     return (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
+
+
+def _rounds(seed: int, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Word, _Word, _Word, _Word]:
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p2 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # in int64 products wrap; the low 64 bits are what Philox wants
+        x0, x1, x2, x3 = (p2 >> 32) & _MASK ^ x1 ^ k0, p2 & _MASK, (p0 >> 32) & _MASK ^ x3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return x0, x1, x2, x3
 
 
 def normal(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
