@@ -203,6 +203,12 @@ class SubspaceOptimizer(Optimizer):
             fresh = not state
             if fresh:
                 state.update(self._init_state(plan, group, position))
+            elif state["exp_avg"].shape != plan.low_shape:
+                raise ValueError(
+                    f"state of shape {tuple(state['exp_avg'].shape)} does not fit rank={group['rank']!r} and "
+                    f"proj_type={group['proj_type']!r} for a tensor of shape {plan.shape}, which need {plan.low_shape}; "
+                    f"a group's rank and side cannot change during a run"
+                )
             # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
             if fresh and largest == 0 and float(group["lr"]) == 0:
                 continue
@@ -315,16 +321,17 @@ class SubspaceOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            self._check_loaded(incoming)
+            for name, param, saved, wanted in self._matched(incoming):
+                self._check_loaded(name, param, saved, wanted)
             loaded.update(incoming)
 
         def restore(_: Optimizer) -> None:
-            ids = [i for group in loaded["param_groups"] for i in group["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
-            for i, param in zip(ids, params, strict=True):
-                for key, value in loaded["state"].get(i, {}).items():
+            for _name, param, saved, wanted in self._matched(loaded):
+                for key, value in saved.items():
                     if isinstance(value, Tensor):
-                        value = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
+                        value = value.detach().to(
+                            *(param.device, wanted[key].dtype), copy=True, memory_format=torch.contiguous_format
+                        )
                     self.state[param][key] = value
 
         # As hooks, so that hooks of the user's run before and after in the usual order.
@@ -338,31 +345,32 @@ class SubspaceOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+    def _matched(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, State, State]]:
+        """(name, parameter, its state in the state dict, the state it needs on the meta device), where there is one."""
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         if sizes[0] != sizes[1]:
             return  # torch's own message says it
         for position, index, i, param in self._positions():
             saved = state_dict["state"].get(groups[index]["params"][i])
-            if not saved:
-                continue
-            name, group = _name(self.param_groups[index], i), {**self.defaults, **groups[index]}
-            plan = _plan(param, group)
-            wanted = self._init_state(replace(plan, device=torch.device("meta")), group, position)
-            if missing := sorted(set(wanted) - set(saved)):
+            if saved:
+                group = {**self.defaults, **groups[index]}
+                plan = replace(_plan(param, group), device=torch.device("meta"))
+                yield _name(self.param_groups[index], i), param, saved, self._init_state(plan, group, position)
+
+    def _check_loaded(self, name: str, param: Tensor, saved: State, wanted: State) -> None:
+        if set(saved) != set(wanted):
+            raise ValueError(
+                f"{name}: the checkpoint holds {', '.join(sorted(saved))}, but {type(self).__name__} keeps "
+                f"{', '.join(sorted(wanted))}; load it into the optimizer, with the rank and options, that wrote it"
+            )
+        for key, value in wanted.items():
+            given, needed = _describe(saved[key]), _describe(value)
+            if given != needed:
                 raise ValueError(
-                    f"{name}: the checkpoint has no {', '.join(missing)} (it has {', '.join(sorted(saved))}); "
-                    f"it was written by another optimizer than {type(self).__name__}, or with another rank"
+                    f"{name}: the checkpoint's {key} is {given}, but a parameter of shape {tuple(param.shape)} needs "
+                    f"{needed}; load it into the model and groups that wrote it"
                 )
-            for key, value in wanted.items():
-                shapes = tuple(getattr(saved[key], "shape", ())), tuple(getattr(value, "shape", ()))
-                if shapes[0] != shapes[1]:
-                    raise ValueError(
-                        f"{name}: the checkpoint's {key} is {shapes[0]}, but a parameter of shape "
-                        f"{tuple(param.shape)} with rank={group['rank']!r} needs {shapes[1]}; load it into the "
-                        f"model and groups that wrote it"
-                    )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("projector", "rule", "dense_rule", "stagger", "stochastic_rounding", "seed", "backend")
@@ -370,6 +378,7 @@ class SubspaceOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -411,6 +420,10 @@ def _name(group: dict[str, Any], i: int) -> str:
     if "param_names" in group:
         return str(group["param_names"][i])
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _lr_ratio(group: dict[str, Any]) -> float:

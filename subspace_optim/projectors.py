@@ -17,6 +17,7 @@ from torch import Tensor
 from . import philox
 from .types import Bases, Change, Plan, Side, State
 
+_SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
 
 
@@ -125,8 +126,11 @@ class SVD(Projector):
         start = q = torch.linalg.qr(torch.stack(starts))[0]
         for _ in range(self.iterations + cold):
             rows = times(q)
-            q = torch.stack([(g.to(y.dtype).mT @ y) * s for g, y, s in zip(grads, rows, inverse, strict=True)])
-            q = torch.linalg.qr(q)[0]
+            pulled = torch.stack([(g.to(y.dtype).mT @ y) * s for g, y, s in zip(grads, rows, inverse, strict=True)])
+            # The shift leaves the eigenvectors as they are, and directions that G does not see as they were; without
+            # it rounding noise would choose them, and the momentum along them would be lost.
+            shift = _SHIFT * torch.linalg.matrix_norm(pulled, keepdim=True)
+            q = torch.linalg.qr(pulled + shift * q)[0]
         low = torch.stack(times(q))
         _, rotation = torch.linalg.eigh(low.mT @ low)  # eigenvalues ascend
         q = q @ rotation.flip(-1)
