@@ -113,7 +113,9 @@ class SVD(Projector):
     ) -> list[Tensor]:
         """Top right singular vectors (…, d, r) of every (…, k, d) gradient."""
         starts = [
-            philox.normal(seed, tuple(old.shape), old.device).to(old.dtype) if state["age"] == UNSET else old
+            torch.linalg.qr(philox.normal(seed, tuple(old.shape), old.device).to(old.dtype))[0]
+            if state["age"] == UNSET
+            else old
             for old, seed, state in zip(olds, seeds, states, strict=True)
         ]
         cold = any(state["age"] == UNSET for state in states)
@@ -123,7 +125,7 @@ class SVD(Projector):
         def times(q: Tensor) -> list[Tensor]:
             return [(g.to(x.dtype) @ x) * s for g, x, s in zip(grads, q, inverse, strict=True)]
 
-        start = q = torch.linalg.qr(torch.stack(starts))[0]
+        start = q = torch.stack(starts)
         for _ in range(self.iterations + cold):
             rows = times(q)
             pulled = torch.stack([(g.to(y.dtype).mT @ y) * s for g, y, s in zip(grads, rows, inverse, strict=True)])
