@@ -23,7 +23,10 @@ KEYS = (
 )
 # Keys that torch, schedulers and frameworks put into groups; "lr_scale" is timm's.
 FOREIGN = {"params", "param_names", "names", "dim", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
-FOREIGN |= {"lr_scale", "fused", "foreach", "capturable", "differentiable", "maximize", "amsgrad", "name"}
+FOREIGN |= {"lr_scale", "name"}
+HINTS = {"fused", "foreach", "capturable"}  # of speed alone: torch's optimizers take them, the numbers are the same
+ABSENT = {"maximize", "amsgrad", "differentiable"}  # would change the numbers, so only False passes
+FOREIGN |= HINTS | ABSENT
 
 
 def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def check(group: Mapping[str, Any], where: str) -> None:
     )
     for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
         need(isinstance(group[key], int) and group[key] >= least, key, f"an int ≥ {least}")
+    for key in ABSENT & set(group):
+        need(not group[key], key, "False; this optimizer has no such mode")
     for key, values in (("proj_type", PROJ_TYPES), ("transform", TRANSFORMS), ("moments", MOMENTS)):
         need(group[key] in values, key, f"one of {', '.join(values)}")
 
