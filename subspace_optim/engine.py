@@ -22,10 +22,10 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
 from . import philox
-from .hyperparameters import KEYS, canonical, check, nearest
+from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .projectors import UNSET, Projector
-from .rules import Adam, Rule
+from .rules import Adam, Kernel, Rule
 from .types import Bucket, Hyper, Plan, State, make_plan
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -110,7 +110,9 @@ class SubspaceOptimizer(Optimizer):
             "batch_dims": batch_dims,
         }
         for key, value in canonical(overrides, where).items():
-            if key not in KEYS:
+            if key in HINTS:
+                continue
+            if key not in KEYS and key not in ABSENT:
                 near = nearest(key, KEYS)
                 raise TypeError(f"{where}: unexpected argument '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             defaults[key] = value
@@ -129,20 +131,31 @@ class SubspaceOptimizer(Optimizer):
             TypeError: a parameter is of a type that cannot be stepped.
         """
         where = f"{type(self).__name__}: group {len(self.param_groups)}"
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
         group = canonical(param_group, where)
         check({**self.defaults, **group}, where)
         if group.get("rank") is not None and self.projector is None:
             raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
+        params = group["params"]
+        if not isinstance(params, set):  # which torch refuses
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            taken = {id(param): _name(self.param_groups[g], i) for _, g, i, param in self._positions()}
+            for i, entry in enumerate(group["params"]):
+                name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
+                self._refuse_param(param, name, where, taken)
         super().add_param_group(group)
-        try:
-            for i, param in enumerate(self.param_groups[-1]["params"]):
-                self._refuse_param(param, _name(self.param_groups[-1], i))
-        except TypeError:
-            del self.param_groups[-1]
-            raise
 
     @staticmethod
-    def _refuse_param(param: Tensor, name: str) -> None:
+    def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{where}: {name} is a {type(param).__name__}; give tensors or (name, tensor) pairs")
+        name = f"{where}: {name} of shape {tuple(param.shape)}"
+        if not (param.is_leaf or param.retains_grad):
+            raise ValueError(f"{name} is a non-leaf Tensor, the result of a computation; give the parameter itself")
+        if id(param) in taken:
+            raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
+        taken[id(param)] = name
         if param.dtype not in _DTYPES:
             raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
         if hasattr(param, "device_mesh"):
@@ -163,17 +176,19 @@ class SubspaceOptimizer(Optimizer):
             closure: computes the loss and its gradients; called once, with gradients enabled.
 
         Raises:
-            TypeError: a gradient is sparse. Nothing has been changed then.
+            TypeError: a gradient is sparse.
+            ValueError: the rank or side of a group has been changed.
+            RuntimeError: the backend that was asked for cannot step a tensor. In all three cases nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, bucket, positions in self._collect():
-            self._step_bucket(group, bucket, positions)
+        for work in self._collect():
+            self._step_bucket(*work)
         return loss
 
-    def _collect(self) -> list[tuple[dict[str, Any], Bucket, list[int]]]:
+    def _collect(self) -> list[tuple[dict[str, Any], Bucket, list[int], Kernel]]:
         """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
         members: dict[tuple[int, Plan], list[tuple[int, Tensor]]] = {}
         for position, index, i, param in self._positions():
@@ -182,18 +197,23 @@ class SubspaceOptimizer(Optimizer):
             group = self.param_groups[index]
             if param.grad.layout != torch.strided:
                 raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
-            members.setdefault((index, _plan(param, group)), []).append((position, param))
+            plan, state = _plan(param, group), self.state.get(param)
+            if state and state["exp_avg"].shape != plan.low_shape:
+                raise ValueError(
+                    f"{_name(group, i)} has state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} "
+                    f"and proj_type={group['proj_type']!r} need {plan.low_shape}; keep what the run began with"
+                )
+            members.setdefault((index, plan), []).append((position, param))
+        kernels = {plan: select.resolve(self.backend, plan) for _, plan in members}
         work = []
         for (index, plan), tensors in members.items():
             group = self.param_groups[index]
             bucket, positions = self._bucket(plan, group, tensors)
             if positions:
-                work.append((group, bucket, positions))
+                work.append((group, bucket, positions, kernels[plan]))
         return work
 
-    def _bucket(
-        self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]]
-    ) -> tuple[Bucket, list[int]]:
+    def _bucket(self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]]) -> tuple[Bucket, list[int]]:
         """The members of a plan that take part in this step."""
         grads = [p.grad for _, p in tensors if p.grad is not None]
         norms = torch._foreach_norm(grads, math.inf, dtype=plan.state_dtype)
@@ -203,12 +223,6 @@ class SubspaceOptimizer(Optimizer):
             fresh = not state
             if fresh:
                 state.update(self._init_state(plan, group, position))
-            elif state["exp_avg"].shape != plan.low_shape:
-                raise ValueError(
-                    f"state of shape {tuple(state['exp_avg'].shape)} does not fit rank={group['rank']!r} and "
-                    f"proj_type={group['proj_type']!r} for a tensor of shape {plan.shape}, which need {plan.low_shape}; "
-                    f"a group's rank and side cannot change during a run"
-                )
             # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
             if fresh and largest == 0 and float(group["lr"]) == 0:
                 continue
@@ -223,7 +237,7 @@ class SubspaceOptimizer(Optimizer):
             positions.append(position)
         return bucket, positions
 
-    def _step_bucket(self, group: dict[str, Any], bucket: Bucket, positions: list[int]) -> None:
+    def _step_bucket(self, group: dict[str, Any], bucket: Bucket, positions: list[int], kernel: Kernel) -> None:
         plan, lr = bucket.plan, group["lr"]
         hyper = Hyper(
             lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
@@ -236,7 +250,6 @@ class SubspaceOptimizer(Optimizer):
         )
         originals = bucket.params
         bucket.params = [plan.view(p) for p in originals]
-        kernel = select.resolve(self.backend, plan)
         if plan.side is None:
             self.dense_rule.step_(bucket, hyper, kernel)
         else:

@@ -91,11 +91,11 @@ class Flora(SubspaceOptimizer):
             scale=scale,
             **options,
         )
-        self._official = compat == "official"
 
     def _seed(self, position: int) -> int:
-        # flora_opt counts parameters from one.
-        return self.seed + position + 1 if getattr(self, "_official", False) else super()._seed(position)
+        if isinstance(self.projector, _OfficialRandomProjection):
+            return self.seed + position + 1  # flora_opt counts parameters from one
+        return super()._seed(position)
 
 
 @dataclass(frozen=True)
