@@ -31,8 +31,9 @@ from subspace_optim.types import make_plan
 PARAMETERS = 2  # of equal shape: they share a bucket but, being staggered, not their refreshes
 UPDATES = 13  # three refreshes of every parameter at a gap of 4
 
-# Relative error in the Frobenius norm. PERFORMANCE.md T1 promises 1e-6 for float32.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
+# Relative error in the Frobenius norm. Rounding gives at most 1.3e-15 and 3.6e-7 over all rows; the margin is for other
+# BLAS libraries. PERFORMANCE.md T1 promises 1e-6 in float32.
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 
 class Shared:
