@@ -120,7 +120,8 @@ class SVD(Projector):
         ]
         cold = any(state["age"] == UNSET for state in states)
         # Gᵀ G squares the scale of G, which may itself be far from 1.
-        inverse = [1 / g.abs().amax().to(old.dtype) for g, old in zip(grads, olds, strict=True)]
+        least = torch.finfo(olds[0].dtype).tiny  # the inverse of a smaller one would be infinite
+        inverse = [1 / g.abs().amax().to(old.dtype).clamp(min=least) for g, old in zip(grads, olds, strict=True)]
 
         def times(q: Tensor) -> list[Tensor]:
             return [(g.to(x.dtype) @ x) * s for g, x, s in zip(grads, q, inverse, strict=True)]
