@@ -39,7 +39,7 @@ def _rounds(seed: int, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Wor
 def normal(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal numbers in float64 (Box–Muller), so that rounding to float32 hides the devices' libm."""
     count = math.prod(shape)
-    words = _words(seed, count, device)
+    words = _words(seed, count, device).double()
     radius = ((words[:2] + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()
     angle = (words[2:] + 0.5) * (2 * math.pi * 2.0**-32)
     return torch.cat((radius * angle.cos(), radius * angle.sin())).T.reshape(-1)[:count].view(shape)
