@@ -98,7 +98,7 @@ class SubspaceOptimizer(Optimizer):
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
         defaults: dict[str, Any] = {
             "lr": lr,
-            "betas": self.rule.betas if betas is None else tuple(betas),
+            "betas": self.rule.betas if betas is None else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": projector.rank if projector else None,
