@@ -236,7 +236,13 @@ def resolve(given: Mapping[str, Any], device: str = "cpu", free_bytes: int | Non
     values["optimizer"] = ALIASES.get(values.get("optimizer", "galore"), values.get("optimizer", "galore"))
     defaults = optimizer_defaults(values["optimizer"], values["model"])
     if defaults.projected or (values["optimizer"] == "grams" and "rank" in given):
-        values.setdefault("rank", size.rank if not dimensions else max(1, values["hidden"] // 4))
+        narrow = min(values["hidden"], values["intermediate"])
+        values.setdefault("rank", size.rank if narrow == size.hidden else max(1, narrow // 4))
+        if values["rank"] >= narrow:
+            raise UserError(
+                f"--rank {values['rank']}: is not below the model's smallest dimension, {narrow}, so nothing would be "
+                "projected; choose a lower rank, or --optimizer adamw"
+            )
     else:
         for key in ("rank", "update_proj_gap", "scale"):
             if key in given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -67,6 +68,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Corpus:
     if corpus is None:
         say(f"tokenising the corpus (once; then cached in {cache})")
         with storage_errors("the cache", cache, "free some space, or point SUBSPACE_OPTIM_CACHE elsewhere"):
+            shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
             with new_directory(folder) as partial:
                 _write_tokens(partial, source.pieces(), tokenizer, limits)
             corpus = _cached(folder, key)

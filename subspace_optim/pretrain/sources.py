@@ -6,12 +6,14 @@ import codecs
 import gzip
 import json
 import os
+import socket
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+from urllib.parse import urlsplit
 
 from subspace_optim.pretrain.config import UserError
 
@@ -189,7 +191,9 @@ class FileSource:
         if self._by_file or file.name.endswith(".gz"):
             yield from _stretch(handle, None, file.name in self._held_out)
         else:
-            yield from _stretch(handle, int(file.path.stat().st_size * (1 - HELD_OUT)), False)
+            size = file.path.stat().st_size
+            kept = int(size * (1 - HELD_OUT))
+            yield from _stretch(handle, kept, False, to_line_end=(size - kept) // 2)
             yield from _stretch(handle, None, True)
 
 
@@ -205,15 +209,15 @@ def _text_of(row: Any, key: str, where: str) -> str:
     return text
 
 
-def _stretch(handle: _Bytes, length: int | None, held_out: bool) -> Iterator[Piece]:
-    """Read about ``length`` bytes, or all the rest, in pieces that end with a line where lines are of a sane length."""
+def _stretch(handle: _Bytes, length: int | None, held_out: bool, to_line_end: int = _PIECE) -> Iterator[Piece]:
+    """Read ``length`` bytes, or all the rest, in pieces; each goes on to the end of its line unless that is far off."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     done = 0
     while length is None or done < length:
         block = handle.read(_PIECE if length is None else min(_PIECE, length - done))
         if not block:
             break
-        block += handle.readline(_PIECE)
+        block += handle.readline(to_line_end)
         done += len(block)
         yield Piece(decoder.decode(block), held_out, False)
     if done:
@@ -239,6 +243,11 @@ class HubSource:
             import datasets
         except ImportError as error:
             raise UserError(f"--data {self.name}: needs datasets; pip install 'subspace-optim[hf]'") from error
+        if not Path(self._path).exists() and (trouble := hub_trouble()):
+            raise UserError(
+                f"--data {self.name}: the hub cannot be reached ({trouble}); "
+                "try again where there is a network, or name files of your own with --data PATH"
+            )
         try:
             rows = datasets.load_dataset(self._path, self._config, split=self._split, streaming=True)
             for number, row in enumerate(rows):
@@ -250,3 +259,18 @@ class HubSource:
                 f"--data {self.name}: cannot be streamed from the hub ({reason}); "
                 "check the name and the network, or name files of your own with --data PATH"
             ) from error
+
+
+def hub_trouble() -> str | None:
+    """Why the Hugging Face hub cannot be reached, or None where it can.
+
+    Asked first because its own libraries take a minute of retries to find out.
+    """
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return None  # only the proxy knows
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=10).close()
+    except OSError as error:
+        return f"{address.hostname}: {error.strerror or error}"
+    return None

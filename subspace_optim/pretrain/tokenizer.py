@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from subspace_optim.pretrain.config import UserError
 from subspace_optim.pretrain.files import storage_errors, write_text
-from subspace_optim.pretrain.sources import Source
+from subspace_optim.pretrain.sources import Source, hub_trouble
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -65,7 +65,9 @@ def load_tokenizer(name: str, source: Source, vocab_size: int, cache: Path, say:
         else:
             from transformers import AutoTokenizer
 
-            loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+            trouble = None if path.is_dir() else hub_trouble()
+            # Without a network a tokenizer that was downloaded before is still good.
+            loaded = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, local_files_only=bool(trouble))
             backend, end_id = loaded.backend_tokenizer, loaded.eos_token_id
     except Exception as error:  # the libraries raise anything from OSError to a bare Exception here
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
