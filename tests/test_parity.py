@@ -141,7 +141,8 @@ def test_tensors_that_are_not_projected_take_adamw(method, shape):
     transform = method.optimizer([torch.nn.Parameter(torch.ones(1))]).defaults["transform"]
 
     def adamw(W0, **settings):
-        return AdamWOracle(W0, **{"transform": transform} | {key: settings[key] for key in SETTINGS})
+        taken = {key: settings[key] for key in (*SETTINGS, "transform") if key in settings}
+        return AdamWOracle(W0, **{"transform": transform} | taken)
 
     assert run(replace(method, oracle=adamw), replace(shape, rank=None)) < TOLERANCES[torch.float64]
 
