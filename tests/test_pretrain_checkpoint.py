@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -161,6 +162,17 @@ def test_a_disk_too_small_for_a_checkpoint_is_found_before_training(tmp_path, ca
         error = refused(capsys, micro(corpus, tmp_path / "out", "--steps", 8), "--out", "no room")
     assert "free some space" in error
     assert steps_saved(tmp_path / "out") == []
+
+
+def test_too_little_room_for_all_the_checkpoints_is_found_after_one_step(tmp_path, capsys, corpus, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=400_000))
+    refused_run = micro(corpus, tmp_path / "out", "--steps", 8)
+    assert main(refused_run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--out" in error and "0.4 MiB free" in error and "--keep" in error
+    assert steps_saved(tmp_path / "out") == [0]
+    assert main(micro(corpus, tmp_path / "other", "--steps", 8, "--keep", 1, "--hidden", 16, "--quiet")) == 0
 
 
 def test_a_disk_that_fills_up_in_the_middle_costs_a_warning_until_the_end(tmp_path, capsys, corpus):

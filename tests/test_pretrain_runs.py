@@ -192,9 +192,7 @@ def test_the_evaluation_leaves_no_trace(tmp_path, corpus):
 
 def test_accumulated_batches_are_one_batch(tmp_path, corpus):
     one = make_run(corpus, tmp_path / "a", batch_size=8)
-    two = make_run(
-        corpus, tmp_path / "b", batch_size=2, accumulate=4, optimizer="adamw", rank=None, update_proj_gap=None
-    )
+    two = make_run(corpus, tmp_path / "b", batch_size=2, accumulate=4)
     for _ in range(3):
         one.advance()
         two.advance()

@@ -6,7 +6,9 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
 from subspace_optim.pretrain.model import find_device
 from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, write_json
+from subspace_optim.pretrain.sources import STDLIB
 
 RUNS = Path("runs")
 _OURS = (checkpoint.FOLDER, "report.json", "report.png")
@@ -38,6 +41,7 @@ def pretrain(given: Mapping[str, Any]) -> int:
         UserError: An option cannot be used.
         Diverged: Training broke down.
     """
+    began = time.perf_counter()
     options = dict(given)
     display = Display(quiet=options.pop("quiet", False), plain=options.pop("plain", False))
     out = Path(options.pop("out")).expanduser() if "out" in options else None
@@ -47,18 +51,20 @@ def pretrain(given: Mapping[str, Any]) -> int:
             raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
         named = options.pop("resume")
         folder = Path(named).expanduser() if named else out or _latest_run()
-        run = _resumed(folder, options, display)
+        run = _resumed(folder, options, display, began)
     else:
         config = configure(options)
         folder = out or _free_folder(config)
         _check_folder(folder, overwrite)
         check_optimizer(config)
-        run = Run(config, folder, display)
+        with _plain_words(config):
+            run = Run(config, folder, display, began)
         if overwrite:
             clear(folder)
     introduce(run)
     try:
-        run.train()
+        with _plain_words(run.config):
+            run.train()
     except Interrupted as stop:
         display.result(f"stopped by {stop} after step {run.step}; everything is saved. Go on with:")
         display.result(f"  {program()} pretrain --resume {shlex.quote(str(run.folder))}")
@@ -87,10 +93,13 @@ def configure(options: Mapping[str, Any]) -> RunConfig:
     """
     device = find_device(options.get("device", "auto"))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    data = tuple(
-        name if ":" in name or name == "stdlib" else str(Path(name).absolute()) for name in options.get("data", ())
-    )
+    data = _absolute(options.get("data", ()))
     return resolve({**options, "data": data, "device": str(device)}, free_bytes=free)
+
+
+def _absolute(data: Iterable[str]) -> tuple[str, ...]:
+    """Paths that still hold when the run is resumed from another folder."""
+    return tuple(name if name.startswith("hf:") or name == STDLIB else str(Path(name).absolute()) for name in data)
 
 
 def program() -> str:
@@ -100,12 +109,13 @@ def program() -> str:
     return shlex.quote(sys.argv[0])
 
 
-def _resumed(named: Path, options: dict[str, Any], display: Display) -> Run:
+def _resumed(named: Path, options: dict[str, Any], display: Display, began: float) -> Run:
     folder, state, facts = checkpoint.load_newest(named, display.warn)
     config = _same_run(RunConfig.from_dict(facts["config"]), options, folder)
     if config.steps < state["step"]:
         raise UserError(f"--steps {config.steps}: the checkpoint in {folder} is at step {state['step']} already")
-    run = Run(config, folder, display)
+    with _plain_words(config):
+        run = Run(config, folder, display, began)
     run.load(state, facts)
     display.info(f"resuming {folder} after step {run.step}")
     return run
@@ -117,7 +127,7 @@ def _same_run(saved: RunConfig, options: dict[str, Any], folder: Path) -> RunCon
     if "tokens" in options:
         options["steps"] = -(-options.pop("tokens") // saved.tokens_per_step)
     if "data" in options:
-        options["data"] = tuple(str(Path(name).absolute()) if Path(name).exists() else name for name in options["data"])
+        options["data"] = _absolute(options["data"])
     options["device"] = str(find_device(options.get("device", saved.device)))
     for name, value in options.items():
         was = getattr(saved, name)
@@ -172,6 +182,23 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_words(config: RunConfig) -> Iterator[None]:
+    """Say in one line what PyTorch raises where there is too little memory or no compiler."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(
+                f"--batch-size {config.batch_size}: {config.device} ran out of memory; give a smaller --batch-size "
+                "and a larger --accumulate, --gradient-checkpointing, or a smaller --model"
+            ) from error
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"--compile: the model cannot be compiled here ({reason}); leave --compile out") from error
+        raise
 
 
 def _conclude(run: Run, report: Mapping[str, Any]) -> None:

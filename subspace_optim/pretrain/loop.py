@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import statistics
 import time
@@ -114,12 +115,14 @@ def stop_signals(pass_on: Callable[[int], None] | None = None) -> Iterator[list[
 class Run:
     """One run: everything that a checkpoint holds, and the means to go on from it."""
 
-    def __init__(self, config: RunConfig, folder: Path, display: Display) -> None:
+    def __init__(self, config: RunConfig, folder: Path, display: Display, began: float | None = None) -> None:
         self.config = config
         self.folder = folder
         self.display = display
         self.device = torch.device(config.device)
         self.watch = machine.Stopwatch(self.device)
+        if began is not None:
+            self.watch.add("start", time.perf_counter() - began)
         with self.watch.phase("corpus"):
             self.corpus: Corpus = prepare(config, display.info)
             train = self.corpus.windows("train", config.seq_len)
@@ -293,6 +296,8 @@ class Run:
                     if last:
                         return
                     skips = 0 if self.advance() else skips + 1
+                    if self.step == 1:
+                        self._check_room()
                     if skips == SKIPS_IN_A_ROW:
                         raise Diverged(
                             f"the loss or its gradient was not finite in the last {skips} steps; the weights are "
@@ -300,6 +305,17 @@ class Run:
                         )
         finally:
             self.display.stop()
+
+    def _check_room(self) -> None:
+        """Refuse to go on where the checkpoints will not fit, now that their size is known and little is lost."""
+        size_of_one = machine.storage_bytes(self.model.parameters()) + self.optimizer.state_bytes()
+        needed = size_of_one * (self.config.keep + 1)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"--out {self.folder}: has {size(free)} free and its checkpoints will take up to {size(needed)}; "
+                "free some space, lower --keep, or choose another --out"
+            )
 
     def _save_or_go_on(self, last: bool) -> None:
         """A full disk in the middle of a run costs a warning, not the work since the last checkpoint."""

@@ -255,7 +255,7 @@ def _loss_axis(axes: Axes) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
 
 
 def _memory_axis(axes: Axes) -> None:
