@@ -53,7 +53,7 @@ class Size:
 # of 4096, with a budget of a few minutes on two CPU cores.
 SIZES: dict[str, Size] = {
     "tiny": Size(
-        256, 688, 4, 4, rank=64, batch_size=8, accumulate=1, steps=400, vocab_size=4096, seq_len=128, every=100,
+        256, 688, 4, 4, rank=64, batch_size=8, accumulate=1, steps=400, vocab_size=4096, seq_len=128, every=50,
         eval_tokens=16_384,
     ),
     "9m": Size(128, 352, 4, 4, rank=32, batch_size=64, accumulate=2, steps=5_000),
@@ -80,7 +80,7 @@ class OptimizerDefaults:
 OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "adamw": OptimizerDefaults(1e-3, "GaLore paper's sweep for the full-rank baseline", projected=False),
     "galore": OptimizerDefaults(1e-2, "GaLore paper, 60M to 1B", scale=0.25, update_proj_gap=200),
-    "flora": OptimizerDefaults(1e-2, "ours at tiny; the paper has no LLaMA run", update_proj_gap=200),
+    "flora": OptimizerDefaults(1e-2, "ours, best at tiny; the paper has no LLaMA run", scale=0.1, update_proj_gap=200),
     "osd": OptimizerDefaults(1e-2, "Online Subspace Descent's script, 60M", scale=0.25, update_proj_gap=200),
     "gradnormlorp": OptimizerDefaults(1e-2, "GradNormLoRP's script", scale=0.25, update_proj_gap=250),
     "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),

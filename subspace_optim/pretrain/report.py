@@ -253,7 +253,8 @@ def _figure(path: Path, height: float) -> Iterator[tuple[Axes, Axes]]:
 def _loss_axis(axes: Axes) -> None:
     axes.set_xlabel("training tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value) if value else "0")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value).replace(".0", ""))
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlim(left=0)
     axes.legend(frameon=False, loc="upper right")
 
