@@ -544,7 +544,7 @@ def test_radial_gradients_move_only_the_norms_and_add_up(problem):
     p, optimizer = weight_norm(problem, W0.clone(), lr=0.01, weight_decay=0.0, eps=1e-8)
     steps(optimizer, [p], problem, 50, gradients=lambda t: -W0)
     norms = p.detach().norm(dim=1)
-    torch.testing.assert_close(norms, torch.full_like(norms, 1.5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(norms, torch.full_like(norms, 1.5), rtol=0, atol=1e-4)
     torch.testing.assert_close(p.detach() / norms[:, None], W0, rtol=0, atol=1e-3)
 
 
@@ -702,12 +702,14 @@ def test_an_expert_without_tokens_waits_for_its_first_gradient(projector):
 @every_method
 @given(problem=doubles())
 def test_radial_gradients_on_the_axes_are_safe(method, problem):
-    """Their tangential part is exactly zero, which leaves GradNormLoRP nothing to factorise."""
+    """Their tangential part is exactly zero: GradNormLoRP has nothing to factorise and waits for its first basis."""
     W = torch.eye(*problem.shape, dtype=F64)
     W[:, 0] += W.sum(1) == 0
     p = torch.nn.Parameter(W.clone())
     optimizer = method.optimizer([p], **PROJECTED | method.settings | problem.settings())
     steps(optimizer, [p], problem, 5, gradients=lambda t: W)
+    if isinstance(optimizer.rule, so.WeightNormAdam):
+        assert optimizer.state[p]["age"] == UNSET
     steps(optimizer, [p], problem, 2)
     assert p.isfinite().all()
     assert all(v.isfinite().all() for v in optimizer.state[p].values() if isinstance(v, torch.Tensor))
