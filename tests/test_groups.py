@@ -101,6 +101,10 @@ def test_tied_embeddings_are_dense_and_appear_once():
     tied[2].weight = tied[0].weight
     assert names(so.param_groups(tied, rank=2), True) == {"1.weight"}
 
+    output_first = nn.ModuleDict({"out": nn.Linear(8, 20), "body": nn.Linear(8, 8), "tokens": nn.Embedding(20, 8)})
+    output_first["tokens"].weight = output_first["out"].weight
+    assert names(so.param_groups(output_first, rank=2), True) == {"body.weight"}
+
 
 @pytest.mark.parametrize("name", ["lm_head", "head", "classifier", "score", "embed_out"])
 def test_a_head_is_dense_by_name(name):
