@@ -8,7 +8,7 @@ import torch
 from pretraining import refused
 
 import subspace_optim as so
-from subspace_optim.pretrain import config
+from subspace_optim.pretrain import command, config
 from subspace_optim.pretrain.config import GIB, SIZES, UserError, resolve
 
 
@@ -100,7 +100,7 @@ def test_a_configuration_survives_json():
 @pytest.mark.parametrize("gib", [1, 3, 6, 8, 11, 16, 24, 40, 80, 141])
 def test_the_default_grows_with_the_memory_and_fits(gib):
     grown = config.grow_to_fit(gib * GIB)
-    run = resolve({}, device="cuda:0", free_bytes=gib * GIB)
+    run = resolve({**grown, "device": "cuda:0"})
     assert run.model == grown["model"] and run.device == "cuda:0"
     if run.model != "tiny":
         assert config.training_bytes(SIZES[run.model], run.batch_size) <= gib * GIB * 2 / 3
@@ -118,7 +118,15 @@ def test_growth_spans_the_family():
         "130m",
         "350m",
     ]
-    assert resolve({"model": "20m"}, free_bytes=80 * GIB).batch_size == SIZES["20m"].batch_size
+
+
+def test_only_the_default_grows_and_what_is_said_stays(monkeypatch):
+    monkeypatch.setattr(command, "find_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * GIB, 80 * GIB))
+    assert resolve(command.settle({"model": "20m"})).batch_size == SIZES["20m"].batch_size
+    grown = resolve(command.settle({"batch_size": 4, "tokens": 4 * 256 * 10}))
+    assert (grown.model, grown.device, grown.batch_size) == ("350m", "cuda:0", 4)
+    assert grown.steps * grown.tokens_per_step >= 4 * 256 * 10 > (grown.steps - 1) * grown.tokens_per_step
 
 
 REFUSED = [

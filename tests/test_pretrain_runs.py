@@ -23,8 +23,8 @@ from pretraining import (
 
 from subspace_optim.cli import main
 from subspace_optim.pretrain import checkpoint, loop
-from subspace_optim.pretrain.command import configure
-from subspace_optim.pretrain.config import Diverged
+from subspace_optim.pretrain.command import settle
+from subspace_optim.pretrain.config import Diverged, resolve
 from subspace_optim.pretrain.display import Display
 
 FIVE = ["galore", "flora", "osd", "gradnormlorp", "grams"]
@@ -51,7 +51,7 @@ def make_run(corpus, tmp_path, **more):
         "seq_len": 16, "batch_size": 4, "eval_tokens": 512, "rank": 4, "update_proj_gap": 5, "steps": 12,
         "eval_every": 6, "save_every": 4, "device": "cpu", **more,
     }  # fmt: skip
-    return loop.Run(configure(options), tmp_path / "run", Display(quiet=True))
+    return loop.Run(resolve(settle(options)), tmp_path / "run", Display(quiet=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", *FIVE])

@@ -16,13 +16,21 @@ from typing import Any
 import torch
 
 from subspace_optim.pretrain import checkpoint
-from subspace_optim.pretrain.config import FREE_ON_RESUME, RunConfig, UserError, check_numbers, flag, resolve
+from subspace_optim.pretrain.config import (
+    FREE_ON_RESUME,
+    RunConfig,
+    UserError,
+    check_numbers,
+    flag,
+    grow_to_fit,
+    resolve,
+)
 from subspace_optim.pretrain.display import Display, duration, size, table
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
 from subspace_optim.pretrain.model import find_device
 from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, write_json
-from subspace_optim.pretrain.sources import STDLIB
+from subspace_optim.pretrain.sources import STDLIB, open_source
 
 RUNS = Path("runs")
 _OURS = (checkpoint.FOLDER, "report.json", "report.png")
@@ -53,10 +61,10 @@ def pretrain(given: Mapping[str, Any]) -> int:
         folder = Path(named).expanduser() if named else out or _latest_run()
         run = _resumed(folder, options, display, began)
     else:
-        config = configure(options)
+        config = resolve(settle(options))
         folder = out or _free_folder(config)
         _check_folder(folder, overwrite)
-        check_optimizer(config)
+        check(config)
         with _plain_words(config):
             run = Run(config, folder, display, began)
         if overwrite:
@@ -82,19 +90,38 @@ def pretrain(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def configure(options: Mapping[str, Any]) -> RunConfig:
-    """Resolve the options of a new run on the device they name.
+def check(config: RunConfig) -> None:
+    """Refuse what can be refused before any text is read or any work is done.
+
+    Args:
+        config: The run.
+
+    Raises:
+        UserError: The data, the optimizer, the attention or one of their options is refused.
+    """
+    open_source(config.data, config.text_key)
+    check_optimizer(config)
+
+
+def settle(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Settle what depends on this machine: the device, the paths, and on a GPU the size of the default run.
 
     Args:
         options: The options that were named.
 
     Raises:
-        UserError: One of them cannot be used.
+        UserError: The device is not here.
     """
     device = find_device(options.get("device", "auto"))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    data = _absolute(options.get("data", ()))
-    return resolve({**options, "data": data, "device": str(device)}, free_bytes=free)
+    settled = {**options, "device": str(device)}
+    if "data" in options:
+        settled["data"] = _absolute(options["data"])
+    if device.type == "cuda" and "model" not in options:
+        grown = grow_to_fit(torch.cuda.mem_get_info(device)[0])
+        if "tokens" in options:
+            grown.pop("steps", None)
+        settled = {**grown, **settled}
+    return settled
 
 
 def _absolute(data: Iterable[str]) -> tuple[str, ...]:

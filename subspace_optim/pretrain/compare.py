@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from subspace_optim.pretrain import checkpoint
-from subspace_optim.pretrain.command import RUNS, clear, configure, holds_run, program, read_report
-from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag
+from subspace_optim.pretrain.command import RUNS, check, clear, holds_run, program, read_report, settle
+from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag, resolve
 from subspace_optim.pretrain.display import MIB, Display, table
-from subspace_optim.pretrain.loop import check_optimizer, stop_signals
+from subspace_optim.pretrain.loop import stop_signals
 from subspace_optim.pretrain.report import draw_comparison, write_json
 
 _SWITCHES = ("gradient_checkpointing", "compile", "quiet", "plain")
@@ -41,9 +41,11 @@ def compare(given: Mapping[str, Any]) -> int:
     if again is not None:
         raise UserError(f"compare {again}: is named twice")
 
-    configs = {name: configure(_options_for(name, options)) for name in names}
+    shown: dict[str, Any] = {key: options.pop(key) for key in ("quiet", "plain") if key in options}
+    options = settle(options)
+    configs = {name: resolve(_options_for(name, options)) for name in names}
     for config in configs.values():
-        check_optimizer(config)
+        check(config)
     for name, config in configs.items():
         if holds_run(out / name) and not _belongs(out / name, config):
             if not overwrite:
@@ -58,7 +60,7 @@ def compare(given: Mapping[str, Any]) -> int:
         report = read_report(out / name)
         if report is None:
             display.info(f"── {name} ──")
-            code = _train(out / name, name, options)
+            code = _train(out / name, {**_options_for(name, options), **shown})
             if code != 0:
                 _explain(code, name, display)
                 return code
@@ -73,10 +75,9 @@ def compare(given: Mapping[str, Any]) -> int:
 
 
 def _options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of one run: what only projections have is kept from the dense ones."""
+    """The options of one run: those of projections are kept from the dense ones."""
     dense = name in ("adamw", "grams") or name.startswith("none+")
-    kept = {key: value for key, value in options.items() if key not in ("quiet", "plain")}
-    return {"optimizer": name, **{key: value for key, value in kept.items() if not (dense and key in _PER_OPTIMIZER)}}
+    return {"optimizer": name} | {key: options[key] for key in options if not (dense and key in _PER_OPTIMIZER)}
 
 
 def _belongs(folder: Path, config: RunConfig) -> bool:
@@ -87,21 +88,21 @@ def _belongs(folder: Path, config: RunConfig) -> bool:
     return all(facts is None or facts["config"] == config.to_dict() for facts in saved)
 
 
-def _train(folder: Path, name: str, options: Mapping[str, Any]) -> int:
+def _train(folder: Path, options: Mapping[str, Any]) -> int:
     command = [sys.executable, "-m", "subspace_optim", "pretrain"]
     if any(checkpoint.checkpoints(folder)):
         command += ["--resume", str(folder)]
-        command += [flag(key) for key in ("quiet", "plain") if options.get(key)]
+        options = {key: options[key] for key in ("quiet", "plain") if key in options}
     else:
         command += ["--out", str(folder), "--overwrite"]
-        shown = {key: options[key] for key in ("quiet", "plain") if key in options}
-        for key, value in {**_options_for(name, options), **shown}.items():
-            command.append(flag(key))
-            if key not in _SWITCHES:
-                command += [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    for key, value in options.items():
+        command.append(flag(key))
+        if key not in _SWITCHES:
+            command += map(str, value if isinstance(value, list | tuple) else [value])
     # A Ctrl-C in the terminal reaches the run too: it saves and ends, and we end after it. A SIGTERM reaches only us.
     with subprocess.Popen(command) as process, stop_signals(pass_on=process.send_signal):
-        return process.wait()
+        code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def _explain(code: int, name: str, display: Display) -> None:

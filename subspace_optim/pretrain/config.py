@@ -205,22 +205,17 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def resolve(given: Mapping[str, Any], device: str = "cpu", free_bytes: int | None = None) -> RunConfig:
+def resolve(given: Mapping[str, Any]) -> RunConfig:
     """Fill in what the person did not say and check all of it.
 
     Args:
-        given: The options that were named on the command line.
-        device: Where the run takes place, already chosen.
-        free_bytes: Free memory of the GPU, by which the default model grows; None on a CPU.
+        given: The options that were named; the device is the CPU unless it is among them.
 
     Raises:
         UserError: An option has a value that cannot be used.
     """
     values: dict[str, Any] = dict(given)
     tokens = values.pop("tokens", None)
-    if free_bytes is not None and "model" not in values:
-        for key, value in grow_to_fit(free_bytes).items():
-            values.setdefault(key, value)
     values.setdefault("model", "tiny")
     size, dimensions = _size(values["model"])
     for key, value in (asdict(size) | dimensions).items():
@@ -255,7 +250,7 @@ def resolve(given: Mapping[str, Any], device: str = "cpu", free_bytes: int | Non
         values.setdefault(key, getattr(defaults, key))
     fixed: dict[str, Any] = {
         "weight_decay": 0.0, "betas": None, "dtype": "float32", "gradient_checkpointing": False, "compile": False,
-        "attention": "sdpa", "device": device, "data": (), "text_key": "text", "tokenizer": "bpe",
+        "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
         "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "seed": 0,
         "eval_every": size.every, "save_every": size.every, "keep": 2,
     }  # fmt: skip

@@ -10,6 +10,7 @@ import socket
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -40,7 +41,9 @@ class Piece:
 class Source(Protocol):
     """A corpus that can be read from front to back, again and again, within bounded memory."""
 
-    identity: str
+    @property
+    def identity(self) -> str:
+        """A fingerprint of the text and of the way it is split."""
 
     def pieces(self) -> Iterator[Piece]:
         """The text in a fixed order."""
@@ -152,9 +155,10 @@ class FileSource:
         self._held_out = {name for name in whole if self._by_file and fraction(name) < HELD_OUT}
         if self._by_file and not self._held_out:
             self._held_out = {min(whole, key=fraction)}
-        self.identity = self._identity()
 
-    def _identity(self) -> str:
+    @cached_property
+    def identity(self) -> str:
+        """A fingerprint of names and contents; of a large file, its path, size and time of change stand for them."""
         digest = blake2b(f"{self.text_key} {HELD_OUT}".encode(), digest_size=16)
         for file in self.files:
             status = file.path.stat()

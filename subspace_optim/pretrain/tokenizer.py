@@ -28,7 +28,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.end_id = end_id
-        self.size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
         self.identity = blake2b(backend.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
