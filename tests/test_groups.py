@@ -210,9 +210,7 @@ def test_nothing_to_project_is_an_error():
 
 
 def test_parameters_instead_of_a_model():
-    with pytest.raises(
-        TypeError, match=r"needs a torch.nn.Module to read layer names from, not generator"
-    ):
+    with pytest.raises(TypeError, match=r"needs a torch.nn.Module to read layer names from, not generator"):
         so.param_groups(llama().parameters())
 
 
