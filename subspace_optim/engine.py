@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -26,13 +26,42 @@ from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .projectors import UNSET, Projector
 from .rules import Adam, Kernel, Rule
-from .types import Bucket, Hyper, Plan, State, make_plan
+from .types import Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 _REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A parameter as its matrices (one, unless stacked), each with its own state."""
+
+    param: Tensor
+    matrices: list[Tensor]
+    state: State
+    members: list[State]
+
+    def store(self) -> None:
+        """Write back what the step could not reach in place: ints of stacked states, parameters that have no view."""
+        if self.members[0] is not self.state:
+            for key, column in self.state.items():
+                if not column.is_floating_point():
+                    column.copy_(torch.tensor([member[key] for member in self.members]))
+        if self.matrices[0].data_ptr() != self.param.data_ptr():
+            self.param.copy_(torch.stack(self.matrices).view(self.param.shape))
+
+
+@dataclass(slots=True)
+class _Work:
+    """One bucket to step, with all that it takes."""
+
+    group: dict[str, Any]
+    bucket: Bucket
+    kernel: Kernel
+    entries: list[_Entry]
 
 
 class SubspaceOptimizer(Optimizer):
@@ -185,10 +214,10 @@ class SubspaceOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for work in self._collect():
-            self._step_bucket(*work)
+            self._step_bucket(work)
         return loss
 
-    def _collect(self) -> list[tuple[dict[str, Any], Bucket, list[int], Kernel]]:
+    def _collect(self) -> list[_Work]:
         """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
         members: dict[tuple[int, Plan], list[tuple[int, Tensor]]] = {}
         for position, index, i, param in self._positions():
@@ -198,47 +227,54 @@ class SubspaceOptimizer(Optimizer):
             if param.grad.layout != torch.strided:
                 raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
             plan, state = _plan(param, group), self.state.get(param)
-            if state and state["exp_avg"].shape != plan.low_shape:
+            low_shape = (plan.stack,) * bool(plan.stack) + plan.low_shape
+            if state and state["exp_avg"].shape != low_shape:
                 raise ValueError(
                     f"{_name(group, i)} has state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} "
-                    f"and proj_type={group['proj_type']!r} need {plan.low_shape}; keep what the run began with"
+                    f"and proj_type={group['proj_type']!r} need {low_shape}; keep what the run began with"
                 )
             members.setdefault((index, plan), []).append((position, param))
         kernels = {plan: select.resolve(self.backend, plan) for _, plan in members}
-        work = []
-        for (index, plan), tensors in members.items():
-            group = self.param_groups[index]
-            bucket, positions = self._bucket(plan, group, tensors)
-            if positions:
-                work.append((group, bucket, positions, kernels[plan]))
-        return work
+        return [
+            _Work(group, bucket, kernels[plan], entries)
+            for (index, plan), tensors in members.items()
+            for group in [self.param_groups[index]]
+            for bucket, entries in [self._bucket(plan, group, tensors, kernels[plan])]
+            if len(bucket)
+        ]
 
-    def _bucket(self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]]) -> tuple[Bucket, list[int]]:
-        """The members of a plan that take part in this step."""
-        grads = [p.grad for _, p in tensors if p.grad is not None]
-        norms = torch._foreach_norm(grads, math.inf, dtype=plan.state_dtype)
-        bucket, positions = Bucket(plan, [], [], [], []), []
-        for (position, param), grad, largest in zip(tensors, grads, torch.stack(list(norms)).tolist(), strict=True):
+    def _bucket(
+        self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]], kernel: Kernel
+    ) -> tuple[Bucket, list[_Entry]]:
+        """The matrices of a plan that take part in this step, and the parameters that they belong to."""
+        grads = [grad for _, param in tensors if param.grad is not None for grad in plan.matrices(param.grad)]
+        measured = iter(zip(grads, kernel.grad_max(grads).tolist(), strict=True))
+        bucket, entries = Bucket(plan, self.stochastic_rounding), []
+        for position, param in tensors:
             state = self.state[param]
             fresh = not state
             if fresh:
                 state.update(self._init_state(plan, group, position))
-            # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
-            if fresh and largest == 0 and float(group["lr"]) == 0:
-                continue
-            if not largest <= GRAD_LIMIT:
-                self.skipped_updates += 1
-                continue
-            bucket.params.append(param)
-            bucket.grads.append(plan.view(grad))
-            bucket.states.append(state)
-            if self.stochastic_rounding:
-                bucket.seeds.append(self._seed(position))
-            positions.append(position)
-        return bucket, positions
+            own = unstack_state(state, plan.stack) if plan.stack else [state]
+            entry = _Entry(param, plan.matrices(param), state, own)
+            entries.append(entry)
+            for j, (matrix, member) in enumerate(zip(entry.matrices, entry.members, strict=True)):
+                grad, largest = next(measured)
+                # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
+                if fresh and largest == 0 and float(group["lr"]) == 0:
+                    continue
+                if not largest <= GRAD_LIMIT:
+                    self.skipped_updates += 1
+                    continue
+                bucket.params.append(matrix)
+                bucket.grads.append(grad)
+                bucket.states.append(member)
+                bucket.orders.append(position + j)
+                bucket.streams.append(self._stream(plan, position, j))
+        return bucket, entries
 
-    def _step_bucket(self, group: dict[str, Any], bucket: Bucket, positions: list[int], kernel: Kernel) -> None:
-        plan, lr = bucket.plan, group["lr"]
+    def _step_bucket(self, work: _Work) -> None:
+        group, bucket, plan, lr = work.group, work.bucket, work.bucket.plan, work.group["lr"]
         hyper = Hyper(
             lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
             betas=tuple(group["betas"]),
@@ -248,24 +284,21 @@ class SubspaceOptimizer(Optimizer):
             transform=group["transform"],
             moments=group["moments"],
         )
-        originals = bucket.params
-        bucket.params = [plan.view(p) for p in originals]
         if plan.side is None:
-            self.dense_rule.step_(bucket, hyper, kernel)
+            self.dense_rule.step_(bucket, hyper, work.kernel)
         else:
             assert self.projector is not None
-            self._refresh(group, bucket, positions, hyper)
-            self.rule.step_(bucket, hyper, kernel)
+            self._refresh(group, bucket, hyper)
+            self.rule.step_(bucket, hyper, work.kernel)
             changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
             if changes is not None:
                 self.rule.carry_(plan, bucket.states, changes, hyper)
             for state in bucket.states:
                 state["age"] += state["age"] != UNSET
-        for original, stepped in zip(originals, bucket.params, strict=True):
-            if stepped.data_ptr() != original.data_ptr():  # strides that no view of the matrix can have
-                original.copy_(stepped.view(original.shape))
+        for entry in work.entries:
+            entry.store()
 
-    def _refresh(self, group: dict[str, Any], bucket: Bucket, positions: list[int], hyper: Hyper) -> None:
+    def _refresh(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper) -> None:
         """Set the bases of the bucket, new ones for the members that are due.
 
         A refresh that meets a zero gradient, or a factorisation that fails, waits for the next step: the member
@@ -274,45 +307,50 @@ class SubspaceOptimizer(Optimizer):
         plan, projector = bucket.plan, self.projector
         assert projector is not None
         due = [i for i, state in enumerate(bucket.states) if projector.due(state, group["update_proj_gap"])]
-        if due and projector.needs_gradient:
-            due = [i for i in due if bool(bucket.grads[i].any())]
         bucket.bases = projector.bases(plan, bucket.states)
         if self.rule.looks_behind:
             stale = set(due)
             bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]
         at_once = max(1, _REFRESH_ELEMENTS // math.prod(plan.matrix))
         for chunk in (due[i : i + at_once] for i in range(0, len(due), at_once)):
-            part = replace(
-                bucket,
-                params=[bucket.params[i] for i in chunk],
-                grads=[bucket.grads[i] for i in chunk],
-                states=[bucket.states[i] for i in chunk],
-            )
-            seeds = [self._seed(positions[i]) for i in chunk]
+            targets = dict(zip(chunk, self.rule.targets(bucket.part(chunk)), strict=True))
+            if projector.needs_gradient:
+                targets = {i: target for i, target in targets.items() if bool(target.any())}
+            if not targets:
+                continue
+            part = bucket.part(list(targets))
             try:
-                changes = projector.refresh_(plan, part.states, self.rule.targets(part), seeds)
+                changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
             except LinAlgError:
                 continue
             self.rule.carry_(plan, part.states, changes, hyper)
-            for i, bases in zip(chunk, projector.bases(plan, part.states), strict=True):
+            for i, bases in zip(targets, projector.bases(plan, part.states), strict=True):
                 state = bucket.states[i]
-                state["age"] = self._offset(positions[i], group) if state["age"] == UNSET else 0
+                state["age"] = self._offset(bucket.orders[i], group) if state["age"] == UNSET else 0
                 bucket.bases[i] = bases
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
         if plan.side is None:
             return self.dense_rule.init(plan)
         assert self.projector is not None
-        state = self.rule.init(plan) | self.projector.init(plan, self._seed(position))
-        if state["age"] != UNSET:
-            state["age"] += self._offset(position, group)
-        return state
+        members = []
+        for j in range(plan.stack or 1):
+            member = self.rule.init(plan) | self.projector.init(plan, self._stream(plan, position, j))
+            if member["age"] != UNSET:
+                member["age"] += self._offset(position + j, group)
+            members.append(member)
+        return stack_states(members) if plan.stack else members[0]
 
-    def _offset(self, position: int, group: dict[str, Any]) -> int:
+    def _offset(self, order: int, group: dict[str, Any]) -> int:
         """How much earlier than a whole gap the first renewal comes."""
         if not (self.stagger and self.projector is not None and self.projector.periodic):
             return 0
-        return int(position * _GOLDEN % 1 * group["update_proj_gap"])
+        return int(order * _GOLDEN % 1 * group["update_proj_gap"])
+
+    def _stream(self, plan: Plan, position: int, j: int) -> int:
+        """The seed of the j-th matrix of the parameter at a position."""
+        seed = self._seed(position)
+        return philox.mix(seed, j) if plan.stack else seed
 
     def _seed(self, position: int) -> int:
         return philox.mix(self.seed, position)
@@ -342,8 +380,10 @@ class SubspaceOptimizer(Optimizer):
             for _name, param, saved, wanted in self._matched(loaded):
                 for key, value in saved.items():
                     if isinstance(value, Tensor):
+                        # Ints of stacked states are read at every step: on a GPU that would wait for it.
+                        device = param.device if value.is_floating_point() else torch.device("cpu")
                         value = value.detach().to(
-                            *(param.device, wanted[key].dtype), copy=True, memory_format=torch.contiguous_format
+                            *(device, wanted[key].dtype), copy=True, memory_format=torch.contiguous_format
                         )
                     self.state[param][key] = value
 

@@ -7,7 +7,7 @@ c = Q_oldᵀ Q_new, by which the rule carries its moments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -105,36 +105,38 @@ class SVD(Projector):
     @staticmethod
     def _exact(plan: Plan, grad: Tensor) -> Bases:
         u, _, vh = torch.linalg.svd(grad.to(plan.state_dtype), full_matrices=False)
-        columns = {"left": u[..., : plan.rank], "right": vh[..., : plan.rank, :].mT}
+        columns = {"left": u[:, : plan.rank], "right": vh[: plan.rank].mT}
         return tuple(columns[side].clone(memory_format=torch.contiguous_format) for side in plan.sides)
 
     def _iterate(
         self, grads: list[Tensor], olds: list[Tensor], seeds: Sequence[int], states: Sequence[State]
     ) -> list[Tensor]:
-        """Top right singular vectors (…, d, r) of every (…, k, d) gradient."""
-        starts = [
-            torch.linalg.qr(philox.normal(seed, tuple(old.shape), old.device).to(old.dtype))[0]
-            if state["age"] == UNSET
-            else old
-            for old, seed, state in zip(olds, seeds, states, strict=True)
-        ]
-        cold = any(state["age"] == UNSET for state in states)
+        """Top right singular vectors (d, r) of every (k, d) gradient."""
+        cold = [i for i, state in enumerate(states) if state["age"] == UNSET]
+        start = torch.stack(olds)
+        for i in cold:
+            sketch = philox.normal(seeds[i], tuple(olds[i].shape), olds[i].device)
+            start[i] = torch.linalg.qr(sketch.to(start.dtype))[0]
         # Gᵀ G squares the scale of G, which may itself be far from 1.
-        least = torch.finfo(olds[0].dtype).tiny  # the inverse of a smaller one would be infinite
-        inverse = [1 / g.abs().amax().to(old.dtype).clamp(min=least) for g, old in zip(grads, olds, strict=True)]
+        inverse = [1 / g.abs().amax().to(start.dtype) for g in grads]
 
-        def times(q: Tensor) -> list[Tensor]:
-            return [(g.to(x.dtype) @ x) * s for g, x, s in zip(grads, q, inverse, strict=True)]
+        def times(q: Tensor, members: Iterable[int]) -> list[Tensor]:
+            return [(grads[i].to(x.dtype) @ x) * inverse[i] for i, x in zip(members, q, strict=True)]
 
-        start = q = torch.stack(starts)
-        for _ in range(self.iterations + cold):
-            rows = times(q)
-            pulled = torch.stack([(g.to(y.dtype).mT @ y) * s for g, y, s in zip(grads, rows, inverse, strict=True)])
+        def improve(q: Tensor, members: Sequence[int]) -> Tensor:
+            rows = zip(members, times(q, members), strict=True)
+            pulled = torch.stack([(grads[i].to(y.dtype).mT @ y) * inverse[i] for i, y in rows])
             # The shift leaves the eigenvectors as they are, and directions that G does not see as they were; without
             # it rounding noise would choose them, and the momentum along them would be lost.
             shift = _SHIFT * torch.linalg.matrix_norm(pulled, keepdim=True)
-            q = torch.linalg.qr(pulled + shift * q)[0]
-        low = torch.stack(times(q))
+            return torch.linalg.qr(pulled + shift * q)[0]
+
+        q, everyone = start.clone(), range(len(grads))
+        if cold:
+            q[cold] = improve(q[cold], cold)
+        for _ in range(self.iterations):
+            q = improve(q, everyone)
+        low = torch.stack(times(q, everyone))
         _, rotation = torch.linalg.eigh(low.mT @ low)  # eigenvalues ascend
         q = q @ rotation.flip(-1)
         agreement = (start * q).sum(-2, keepdim=True)
@@ -246,7 +248,7 @@ class OnlinePCA(SVD):
         for state, grad in zip(states, grads, strict=True):
             norm = torch.linalg.vector_norm(grad, dtype=plan.state_dtype)
             if state["age"] <= 0 or not norm > 0:
-                changes.append(_identity(plan, state))
+                changes.append(_identity(plan))
                 continue
             state["basis_step"] += 1
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
@@ -255,7 +257,7 @@ class OnlinePCA(SVD):
             changes.append(
                 _replace_(plan, state, tuple(_orthonormal(state[key]) for key in plan.basis_keys))
                 if retract
-                else _identity(plan, state)
+                else _identity(plan)
             )
         return changes if self.retract_every is not None else None
 
@@ -276,7 +278,7 @@ class OnlinePCA(SVD):
         low = (wide @ q) / norm
         pulled = (wide.mT @ low) / norm
         excess = q.mT @ q
-        excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+        excess.diagonal().sub_(1)
         slope = 2 * (q @ (low.mT @ low) + pulled @ excess - pulled)
         return slope.add_(q @ excess, alpha=4 * self.orth_lambda) if self.orth_lambda else slope
 
@@ -300,14 +302,12 @@ def _replace_(plan: Plan, state: State, bases: Bases) -> Change:
     return change
 
 
-def _identity(plan: Plan, state: State) -> Change:
-    return tuple(
-        torch.eye(plan.rank, dtype=state[key].dtype, device=state[key].device).expand(*state[key].shape[:-2], -1, -1)
-        for key in plan.basis_keys
-    )
+def _identity(plan: Plan) -> Change:
+    eye = torch.eye(plan.rank, dtype=plan.state_dtype, device=plan.device)
+    return (eye,) * len(plan.basis_keys)
 
 
 def _orthonormal(q: Tensor) -> Tensor:
     """The nearest-sign QR factor: QR with a positive diagonal, so that a basis close to orthonormal hardly moves."""
     factor, upper = torch.linalg.qr(q)
-    return factor * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    return factor * torch.where(upper.diagonal() < 0, -1.0, 1.0)

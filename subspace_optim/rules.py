@@ -170,13 +170,16 @@ class Adafactor(Rule):
         clip_threshold: largest root mean square of one update.
         scale_parameter: multiply lr by max(1e-3, RMS(W)), Adafactor's relative step size.
 
+        lr_inside: average lr·U instead of U, as GaLore's official code does.
+
     Source: arXiv 1804.04235.
-    Deviations: lr stands outside the momentum, so that a schedule acts at once.
+    Deviations: lr stands outside the momentum, so that a schedule acts at once; lr_inside undoes it.
     """
 
     decay_rate: float = 0.8
     clip_threshold: float = 1.0
     scale_parameter: bool = False
+    lr_inside: bool = False
 
     def init(self, plan: Plan) -> State:
         """Row and column means of the squared gradient; the whole square of a vector."""
@@ -202,16 +205,26 @@ class Adafactor(Rule):
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """As the base, with Adafactor's relative step size."""
+        rates = self._rates(bucket, hyper)
         lows = kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
-        updates = self.update_(bucket, lows, hyper, kernel)
-        self.apply_(bucket, updates, hyper, kernel, lr=self._rates(bucket, hyper))
+        if self.lr_inside:
+            for param, rate in zip(bucket.params, rates.double().expand(len(bucket)).tolist(), strict=True):
+                param.mul_(1 - rate * hyper.weight_decay)
+            updates = self.update_(bucket, lows, hyper, kernel, rates)
+            self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=torch.ones(()))
+        else:
+            self.apply_(bucket, self.update_(bucket, lows, hyper, kernel), hyper, kernel, lr=rates)
 
-    def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
-        """N = EMA of the clipped, normalised R."""
+    def update_(
+        self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel, rates: Tensor | None = None
+    ) -> list[Tensor]:
+        """N = EMA of the clipped, normalised R, each times its rate if there are any."""
         torch._foreach_add_(bucket.slot("step"), 1)
         updates = [self._normalised_(state, r) for state, r in zip(bucket.states, lows, strict=True)]
-        for update in updates:
+        for i, update in enumerate(updates):
             _clip_(update, self.clip_threshold)
+            if rates is not None:
+                update.mul_(rates.expand(len(bucket))[i])
         moments = bucket.slot("exp_avg")
         torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
         torch._foreach_copy_(updates, moments)

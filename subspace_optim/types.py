@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Side = Literal["left", "right", "both"]
+T = TypeVar("T")
 State = dict[str, Any]  # tensors and ints only, so that torch.load and DCP take it as it is
 Bases = tuple[Tensor, ...]  # one basis, or (left, right) when the side is "both"
 Change = tuple[Tensor, ...]  # per basis, (r, r): Q_oldᵀ Q_new
@@ -30,7 +31,8 @@ class Plan:
 
     Attributes:
         shape: the tensor as the user made it.
-        matrix: the same elements as (m, n), or (b, m, n) for a batch of matrices; `shape` itself when dense.
+        matrix: what is stepped, (m, n); `shape` itself when dense.
+        stack: how many such matrices the tensor holds along its leading dimensions; 0 when it is one.
         side: right: R = G Q; left: R = Pᵀ G; both: R = Pᵀ G Q; None: dense, R = G.
         rank: columns of the basis; 0 when dense.
         dtype: of the parameter.
@@ -40,6 +42,7 @@ class Plan:
 
     shape: tuple[int, ...]
     matrix: tuple[int, ...]
+    stack: int
     side: Side | None
     rank: int
     dtype: torch.dtype
@@ -51,9 +54,8 @@ class Plan:
         """Shape of the projected gradient and of every moment."""
         if self.side is None:
             return self.matrix
-        *batch, m, n = self.matrix
-        low = {"right": (m, self.rank), "left": (self.rank, n), "both": (self.rank, self.rank)}[self.side]
-        return (*batch, *low)
+        m, n = self.matrix
+        return {"right": (m, self.rank), "left": (self.rank, n), "both": (self.rank, self.rank)}[self.side]
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -69,18 +71,19 @@ class Plan:
 
     @property
     def basis_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """(d, r) of each basis, in the order of `sides`, with the batch in front."""
-        *batch, m, n = self.matrix if self.side else (0, 0)
-        return tuple((*batch, m if side == "left" else n, self.rank) for side in self.sides)
+        """(d, r) of each basis, in the order of `sides`."""
+        return tuple((self.matrix[0 if side == "left" else 1], self.rank) for side in self.sides)
 
     @property
     def state_dtype(self) -> torch.dtype:
         """Moments and bases are float32 whatever the parameter is: a bfloat16 EMA with β₂ = 0.999 never decays."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """The tensor in the shape of `matrix`: the same memory where strides allow it, otherwise a copy."""
-        return tensor if self.side is None else tensor.reshape(self.matrix)
+    def matrices(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor as what is stepped: the same memory where strides allow it, otherwise copies."""
+        if self.side is None:
+            return [tensor]
+        return list(tensor.reshape(self.stack or 1, *self.matrix).unbind())
 
 
 @lru_cache(maxsize=4096)
@@ -101,10 +104,11 @@ def make_plan(
         rank: columns of the basis; a float in (0, 1) is a fraction of min(m, n); None is dense.
         proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
         batch_dims: leading dimensions that index separate matrices (stacked experts) instead of belonging to one.
+            Each is stepped for itself, as if it were a parameter.
     """
 
     def dense(reason: str) -> Plan:
-        return Plan(shape, shape, None, 0, dtype, device, reason)
+        return Plan(shape, shape, 0, None, 0, dtype, device, reason)
 
     if rank is None:
         return dense("its group has no rank")
@@ -113,7 +117,6 @@ def make_plan(
     if math.prod(shape) == 0:
         return dense("it is empty")
     m, n = shape[batch_dims], math.prod(shape[batch_dims + 1 :])
-    matrix = (math.prod(shape[:batch_dims]), m, n) if batch_dims else (m, n)
     columns = max(1, round(rank * min(m, n))) if isinstance(rank, float) else rank
     if columns >= min(m, n):
         return dense(f"rank {columns} ≥ min({m}, {n})")
@@ -124,7 +127,20 @@ def make_plan(
         side = "left" if proj_type == "left" else "right"
     else:
         side = "right" if (m >= n) == (proj_type == "std") else "left"
-    return Plan(shape, matrix, side, columns, dtype, device)
+    return Plan(shape, (m, n), math.prod(shape[:batch_dims]) if batch_dims else 0, side, columns, dtype, device)
+
+
+def stack_states(states: list[State]) -> State:
+    """The states of the matrices of one tensor as one state, with a leading dimension; ints become int64 tensors."""
+    first = states[0]
+    columns = {key: [state[key] for state in states] for key in first}
+    return {key: torch.stack(c) if isinstance(first[key], Tensor) else torch.tensor(c) for key, c in columns.items()}
+
+
+def unstack_state(state: State, count: int) -> list[State]:
+    """The inverse of `stack_states`: tensors are views, ints are copies."""
+    columns = {key: v.unbind() if v.is_floating_point() else v.tolist() for key, v in state.items()}
+    return [{key: column[j] for key, column in columns.items()} for j in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,29 +158,47 @@ class Hyper:
 
 @dataclass(slots=True)
 class Bucket:
-    """Tensors that share a plan and hyperparameters, as parallel lists: one kernel call steps them all.
+    """Matrices (dense: tensors) that share plan and hyperparameters, as parallel lists: one kernel call steps them all.
 
     Attributes:
         plan: the plan they share.
-        params: seen as `plan.matrix`.
-        grads: seen as `plan.matrix`; never written.
-        states: one dict a tensor.
-        seeds: of the stochastic rounding, one a tensor; empty rounds to nearest.
+        rounding: whether bfloat16 is rounded stochastically.
+        params: of shape `plan.matrix`.
+        grads: of shape `plan.matrix`; never written.
+        states: one dict each.
+        orders: their places among all that the optimizer steps, by which refreshes are staggered.
+        streams: their random seeds.
         bases: in force for this step; empty when dense.
         previous: the bases that the moments are still expressed in, for a rule that `looks_behind`.
     """
 
     plan: Plan
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[State]
-    seeds: list[int]
+    rounding: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    orders: list[int] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
     bases: list[Bases] = field(default_factory=list)
     previous: list[Bases] = field(default_factory=list)
 
     def slot(self, key: str) -> list[Tensor]:
         """One state tensor of every member."""
         return [state[key] for state in self.states]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the stochastic rounding, as kernels take them: none means to nearest."""
+        return self.streams if self.rounding else []
+
+    def part(self, members: list[int]) -> Bucket:
+        """The bucket of some members, before their bases are known."""
+
+        def pick(values: list[T]) -> list[T]:
+            return [values[i] for i in members]
+
+        lists = (pick(self.params), pick(self.grads), pick(self.states), pick(self.orders), pick(self.streams))
+        return Bucket(self.plan, self.rounding, *lists)
 
     def __len__(self) -> int:
         return len(self.params)

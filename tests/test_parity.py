@@ -26,7 +26,7 @@ from oracles.gradnormlorp import GradNormLoRPOracle
 from oracles.subspace import Basis
 
 import subspace_optim as so
-from subspace_optim.types import make_plan
+from subspace_optim.types import make_plan, unstack_state
 
 PARAMETERS = 2  # of equal shape: they share a bucket but, being staggered, not their refreshes
 UPDATES = 13  # three refreshes of every parameter at a gap of 4
@@ -47,10 +47,11 @@ class Shared:
 
     def __call__(self, *_):
         state = self.optimizer.state[self.parameter]
-        (bases,) = self.optimizer.projector.bases(self.plan, [state])
-        arrays = [b.double().numpy().copy().reshape(-1, *b.shape[-2:])[self.index] for b in bases]
+        own = unstack_state(state, self.plan.stack)[self.index] if self.plan.stack else state
+        (bases,) = self.optimizer.projector.bases(self.plan, [own])
+        arrays = [b.double().numpy().copy() for b in bases]
         # Two draws of a small random basis can be equal, and their seeds are not.
-        key = (state.get("seed"), *(a.tobytes() for a in arrays))
+        key = (own.get("seed"), *(a.tobytes() for a in arrays))
         if key != self.key:
             self.key = key
             self.current = Basis(*{"left": (*arrays, None), "right": (None, *arrays)}.get(self.plan.side, arrays))

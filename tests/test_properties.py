@@ -530,7 +530,7 @@ def test_row_norms_are_what_their_own_adam_makes_them(problem):
 def test_the_gradient_of_the_direction_is_tangential(problem):
     W, G = problem.normal(0), problem.normal(1)
     plan = problem.plan()
-    (Gt,) = so.WeightNormAdam().targets(Bucket(plan, [W], [G], [{}], []))
+    (Gt,) = so.WeightNormAdam().targets(Bucket(plan, False, [W], [G], [{}]))
     W = W.to(plan.state_dtype)
     radial = (Gt * W).sum(1) / W.norm(dim=1)
     assert radial.abs().max() < ROUNDING[problem.dtype]

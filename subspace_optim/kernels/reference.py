@@ -12,6 +12,7 @@ Bases come flat: one a tensor, or all the left ones followed by all the right on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,11 @@ from ..philox import stochastic_round_
 from ..types import Side
 
 _EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflows, and M/√V with ε = 0 would be infinite
+
+
+def grad_max(grads: list[Tensor]) -> Tensor:
+    """The largest |g| of every gradient, as float64; NaN if it has one."""
+    return torch.stack(list(torch._foreach_norm(grads, math.inf))).double()
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -155,7 +161,7 @@ def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Sid
     a, b = (update, bases[0].mT) if side == "right" else (bases[0], update)
     if side == "both":
         a, b = bases[0] @ update, bases[1].mT
-    (param.addmm_ if param.ndim == 2 else param.baddbmm_)(a, b, alpha=factor)
+    param.addmm_(a, b, alpha=factor)
 
 
 def projected_adam_(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -72,6 +73,7 @@ class GaLore(SubspaceOptimizer):
         if is_official(compat):
             svd, moments = "exact", "keep"
             rule = OFFICIAL_ADAM if isinstance(rule, Adam) else rule
+            rule = replace(rule, lr_inside=True) if isinstance(rule, Adafactor) else rule
             dense_rule = rule if isinstance(rule, Adafactor) else OFFICIAL_ADAM
             options = {"stagger": False, "dense_rule": dense_rule, **options}
             eps = 1e-6 if eps is None else eps

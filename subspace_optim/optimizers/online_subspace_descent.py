@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -74,7 +75,7 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
             projector = OnlinePCA(
                 rank, update_proj_gap, proj_type, "exact", basis_lr=1 / update_proj_gap, basis_weight_decay=0.01
             )
-            rule = OFFICIAL_ADAM if isinstance(rule, Adam) else type(rule)(decay_after=True)
+            rule = OFFICIAL_ADAM if isinstance(rule, Adam) else replace(rule, decay_after=True)
             options = {"dense_rule": OFFICIAL_ADAM, "moments": "keep", **options}
             eps = 1e-6 if eps is None else eps
         super().__init__(
