@@ -181,6 +181,17 @@ def _require_extra() -> None:
         raise UserError(f"this command needs {', '.join(missing)}; pip install 'subspace-optim[cli]'")
 
 
+def _wait_without_spinning() -> None:
+    """Begin again with threads that sleep while they wait, unless the person has chosen how they wait.
+
+    Spinning makes a step four times slower as soon as the cores are shared with another process, and OpenMP reads its
+    settings only when PyTorch loads it, which it has by now.
+    """
+    if sys.platform == "linux" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def _pretrain(given: dict[str, Any]) -> int:
     _require_extra()
     from subspace_optim.pretrain.command import pretrain
@@ -215,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = vars(_parser().parse_args(arguments))
         del given["command"]
         function: Callable[[dict[str, Any]], int] = given.pop("function")
+        if arguments is None and function is not _backends:
+            _wait_without_spinning()
         return function(given)
     except Failure as error:
         complain("error", str(error))

@@ -165,6 +165,7 @@ class Run:
             "curve": torch.tensor(self.curve, dtype=torch.float64),
             "evaluations": torch.tensor(self.evaluations, dtype=torch.float64),
             "skipped": self.skipped,
+            "threads": torch.get_num_threads(),
             "seconds": dict(self.watch.seconds),
             "gradient_bytes": self.gradient_bytes,
             "peak_and_baseline": list(self.peak_and_baseline()),
@@ -200,6 +201,7 @@ class Run:
         self.step = state["step"]
         self.batches.epoch, self.batches.cursor = state["position"]["epoch"], state["position"]["cursor"]
         torch.set_rng_state(state["random"]["cpu"])
+        torch.set_num_threads(state["threads"])  # sums depend on how they are split
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.curve = state["curve"].tolist()
