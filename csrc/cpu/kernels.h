@@ -1,0 +1,67 @@
+// The table of loops that every instruction set fills (kernels.inc), and the choice among them (dispatch.cpp).
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../core.h"
+
+namespace sso {
+
+constexpr int64_t kChunk = 1024;  // elements worked on at a time: their buffers stay in the first-level cache
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+struct Source {
+  const void* data;
+  Dtype dtype;
+};
+
+// W ← decay·W + factor·U; bfloat16 rounds stochastically where that is asked for.
+template <class A>
+struct Target {
+  void* data;
+  Dtype dtype;
+  A decay, factor;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t step;
+};
+
+// All ranges are of element indices into contiguous tensors. A is the type of the moments and of all arithmetic; a
+// float64 source or target goes with float64 only.
+template <class A>
+struct Kernels {
+  // By Transform. Advances the moments and writes N: where R stood if that is `n`, nowhere if it is null. Returns how
+  // many elements "cautious" kept.
+  int64_t (*adam[3])(const Adam<A>&, Source r, A* m, A* v, A* n, int64_t begin, int64_t end);
+  // By Transform. The same for a dense tensor, and N goes into the parameter at once. "cautious" finds its moments
+  // advanced, since its scale is known only after a first pass.
+  void (*step[3])(const Adam<A>&, Source r, A* m, A* v, const Target<A>&, int64_t begin, int64_t end);
+  // U, or its sign, starts at the element `begin` of the target.
+  void (*write)(const Target<A>&, const A* u, bool sign, int64_t begin, int64_t end);
+  // The largest absolute value; NaN if there is one.
+  A (*absmax)(Source, int64_t begin, int64_t end);
+};
+
+struct Table {
+  const char* isa;
+  Kernels<float> float32;
+  Kernels<double> float64;
+
+  template <class A>
+  const Kernels<A>& of() const {
+    if constexpr (std::is_same_v<A, float>) {
+      return float32;
+    } else {
+      return float64;
+    }
+  }
+};
+
+extern const Table base, avx2, avx512;
+
+// The widest that this CPU has, or the one that SSO_ISA names; throws if the CPU lacks that.
+const Table& kernels();
+
+}  // namespace sso

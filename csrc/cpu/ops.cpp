@@ -1,0 +1,422 @@
+// The CPU kernels of the ops that subspace_optim/ops.py defines: lists in, loops of kernels.h and torch's own matrix
+// products out. Only the LibTorch stable ABI, so that one library serves many versions of torch and Python.
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sso {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+enum Side : int64_t { kDense, kLeft, kRight, kBoth };  // the order of SIDES in ops.py
+
+constexpr int64_t kBlock = 1 << 16;  // elements of a float32 copy of part of a matrix: 256 KiB
+constexpr int64_t kGrain = 16;       // chunks that are worth a thread
+
+// ---- tensors --------------------------------------------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, "only float32, float64, bfloat16 and float16 are supported");
+  }
+}
+
+template <class A>
+constexpr ScalarType scalar_type = sizeof(A) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+
+bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+// In a type that loops over A can read, in contiguous memory.
+template <class A>
+Tensor readable(const Tensor& t) {
+  return torch::stable::contiguous(is_double(t) == (sizeof(A) == sizeof(double)) ? t : torch::stable::to(t, scalar_type<A>));
+}
+
+// Calls f with a zero of the type that the arithmetic on `t` uses.
+template <class F>
+void with_type_of(const Tensor& t, const F& f) {
+  is_double(t) ? f(double()) : f(float());
+}
+
+Source source(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
+
+// A tensor to be written by loops over contiguous memory, whatever its strides: `finish` stores what they wrote.
+struct Written {
+  Tensor original, memory;
+
+  explicit Written(const Tensor& t) : original(t), memory(t.is_contiguous() ? t : torch::stable::contiguous(t)) {}
+  void finish() {
+    if (memory.const_data_ptr() != original.const_data_ptr()) torch::stable::copy_(original, memory);
+  }
+};
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+Tensor part(Tensor t, int64_t dim, int64_t begin, int64_t count) {
+  return torch::stable::narrow(t, dim, begin, count);
+}
+
+// out ← beta·out + alpha·a b, by torch and so by its BLAS; beta = 0 ignores what is in `out`.
+void product(const Tensor& out, const Tensor& a, const Tensor& b, double beta = 0, double alpha = 1) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+}
+
+// Memory that the matrices of a list take turns in.
+class Scratch {
+ public:
+  Tensor take(const Tensor& like, ScalarType dtype, std::vector<int64_t> shape) {
+    int64_t count = 1;
+    for (int64_t size : shape) count *= size;
+    if (!memory_ || memory_->numel() < count || memory_->scalar_type() != dtype) {
+      memory_ = torch::stable::new_empty(like, std::vector<int64_t>{count}, dtype);
+    }
+    return torch::stable::view(part(*memory_, 0, 0, count), shape);
+  }
+
+ private:
+  std::optional<Tensor> memory_;
+};
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+double value(const Tensor& t) {
+  return is_double(t) ? *t.const_data_ptr<double>() : *torch::stable::to(t, ScalarType::Double).const_data_ptr<double>();
+}
+
+double increment(const Tensor& step) {
+  if (is_double(step)) return *step.mutable_data_ptr<double>() += 1;
+  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float, "a step count must be float32 or float64");
+  return *step.mutable_data_ptr<float>() += 1;
+}
+
+// The learning rate of each of `count` tensors.
+std::vector<double> rates(const Tensor& lr, size_t count) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(lr, ScalarType::Double));
+  STD_TORCH_CHECK(wide.dim() == 0 || wide.numel() == static_cast<int64_t>(count), "lr must be 0-d, or one a tensor");
+  const double* data = wide.const_data_ptr<double>();
+  return wide.dim() == 0 ? std::vector<double>(count, *data) : std::vector<double>(data, data + count);
+}
+
+struct AdamOptions {
+  double beta1, beta2, eps;
+  Transform transform;
+  bool eps_inside;
+};
+
+constexpr double kEpsFloor = 1e-19;  // as in reference.py
+
+// N = M/(1-β₁ᵏ) / (√(V/(1-β₂ᵏ)) + ε), its constants gathered.
+template <class A>
+Adam<A> adam_at(const AdamOptions& o, double step) {
+  const double correction1 = 1 - std::pow(o.beta1, step), correction2 = std::sqrt(1 - std::pow(o.beta2, step));
+  const double floor = std::max(o.eps, kEpsFloor) * correction1 / (o.eps_inside ? correction2 : 1);
+  return {
+      static_cast<A>(o.beta1), static_cast<A>(1 - o.beta1), static_cast<A>(o.beta2), static_cast<A>(1 - o.beta2),
+      static_cast<A>(correction1 / correction2), static_cast<A>(floor)};
+}
+
+// How a parameter is written: W ← decay·W + factor·U.
+struct Writing {
+  double decay, factor;
+  bool sign;                    // of the update instead of the update
+  std::optional<int64_t> seed;  // of the rounding
+  double step;
+
+  template <class A>
+  Target<A> into(const Tensor& param) const {
+    STD_TORCH_CHECK(is_double(param) == (sizeof(A) == sizeof(double)), "a float64 parameter has float64 moments");
+    return {param.mutable_data_ptr(), dtype_of(param), static_cast<A>(decay), static_cast<A>(factor),
+            seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step)};
+  }
+};
+
+// What cautious multiplies its update by: 1 / the share of elements kept.
+double cautious_scale(const AdamOptions& o, int64_t kept, int64_t count) {
+  return o.transform == Transform::cautious ? 1 / std::max(static_cast<double>(kept) / count, 1e-3) : 1;
+}
+
+// ---- loops over threads: boundaries fall on chunks, and no float is summed across them, so bits do not depend on them
+
+template <class F>
+void over_chunks(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, (count + kChunk - 1) / kChunk, kGrain, [&](int64_t begin, int64_t end) {
+    f(begin * kChunk, std::min(end * kChunk, count));
+  });
+}
+
+// N goes to `update`, or nowhere. Returns how many elements cautious kept.
+template <class A>
+int64_t adam(Transform transform, const Adam<A>& h, const Tensor& r, const Tensor& m, const Tensor& v, A* update) {
+  STD_TORCH_CHECK(m.numel() == r.numel() && v.numel() == r.numel(), "moments must have the shape of the update");
+  std::atomic<int64_t> kept = 0;
+  const Source low = source(r);
+  A *first = m.mutable_data_ptr<A>(), *second = v.mutable_data_ptr<A>();
+  const auto loop = kernels().of<A>().adam[static_cast<int>(transform)];
+  over_chunks(r.numel(), [&](int64_t begin, int64_t end) { kept += loop(h, low, first, second, update, begin, end); });
+  return kept;
+}
+
+// U holds the elements of the target from `offset` on.
+template <class A>
+void write(const Target<A>& t, const Tensor& u, bool sign, int64_t offset = 0) {
+  const A* data = u.const_data_ptr<A>();
+  const auto loop = kernels().of<A>().write;
+  over_chunks(u.numel(), [&](int64_t begin, int64_t end) {
+    loop(t, data + begin, sign, offset + begin, offset + end);
+  });
+}
+
+// ---- one matrix -----------------------------------------------------------------------------------------------------
+
+struct Subspace {
+  std::optional<Tensor> left, right;  // (m, r), (n, r); both empty: dense
+
+  bool dense() const { return !left && !right; }
+};
+
+// `multiply` of whole G (m, n) if it has the type of the arithmetic; otherwise of converted blocks of rows or columns,
+// so that no m×n copy exists.
+template <class A, class F>
+void over_blocks(const Tensor& grad, int64_t dim, const Tensor& out, Scratch& scratch, const F& multiply) {
+  if (grad.scalar_type() == scalar_type<A>) return multiply(out, grad);
+  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = std::max<int64_t>(16, kBlock / other);
+  for (int64_t begin = 0; begin < size; begin += step) {
+    const int64_t count = std::min(step, size - begin);
+    const auto shape = dim == 0 ? std::vector{count, other} : std::vector{other, count};
+    Tensor block = scratch.take(out, scalar_type<A>, shape);
+    torch::stable::copy_(block, part(grad, dim, begin, count));
+    multiply(part(out, dim, begin, count), block);
+  }
+}
+
+// R ← G Q, Pᵀ G or Pᵀ G Q.
+template <class A>
+void project(const Tensor& low, const Tensor& grad, const Subspace& s, Scratch& scratch) {
+  if (!s.left) {
+    over_blocks<A>(grad, 0, low, scratch, [&](const Tensor& out, const Tensor& g) { product(out, g, *s.right); });
+    return;
+  }
+  const Tensor half = s.right ? torch::stable::new_empty(low, std::vector{low.size(0), grad.size(1)}) : low;
+  const Tensor adjoint = transposed(*s.left);
+  over_blocks<A>(grad, 1, half, scratch, [&](const Tensor& out, const Tensor& g) { product(out, adjoint, g); });
+  if (s.right) product(low, half, *s.right);
+}
+
+// The factors of back(N) = a b.
+std::pair<Tensor, Tensor> back_factors(const Tensor& update, const Subspace& s) {
+  if (!s.left) return {update, transposed(*s.right)};
+  if (!s.right) return {*s.left, update};
+  const Tensor wide = torch::stable::new_empty(update, std::vector{s.left->size(0), update.size(1)});
+  product(wide, *s.left, update);
+  return {wide, transposed(*s.right)};
+}
+
+// Where torch's product can write the parameter it does; otherwise blocks of back(N) are rounded into it, each once.
+template <class A>
+void apply(const Tensor& param, const Tensor& update, const Subspace& s, const Writing& how, Scratch& scratch) {
+  if (!s.dense() && param.scalar_type() == scalar_type<A> && !how.sign) {
+    const auto [a, b] = back_factors(update, s);
+    return product(param, a, b, how.decay, how.factor);
+  }
+  Written w(param);
+  const Target<A> t = how.into<A>(w.memory);
+  if (s.dense()) {
+    STD_TORCH_CHECK(update.numel() == param.numel(), "a dense update must have the shape of its parameter");
+    write(t, update, how.sign);
+  } else {
+    const auto [a, b] = back_factors(update, s);
+    const int64_t rows = param.size(0), columns = param.size(1), step = std::max<int64_t>(16, kBlock / columns);
+    for (int64_t begin = 0; begin < rows; begin += step) {
+      const int64_t count = std::min(step, rows - begin);
+      const Tensor block = scratch.take(update, scalar_type<A>, {count, columns});
+      product(block, part(a, 0, begin, count), b);
+      write(t, block, how.sign, begin * columns);
+    }
+  }
+  w.finish();
+}
+
+// Moments and parameter in one pass; cautious takes two.
+template <class A>
+void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& param, const Tensor& grad, const Tensor& m,
+                const Tensor& v, Writing how) {
+  const int64_t count = param.numel();
+  STD_TORCH_CHECK(grad.numel() == count && m.numel() == count && v.numel() == count, "shapes differ");
+  const Source g = source(grad);
+  A *first = m.mutable_data_ptr<A>(), *second = v.mutable_data_ptr<A>();
+  if (options.transform == Transform::cautious) {
+    how.factor *= cautious_scale(options, adam<A>(options.transform, h, grad, m, v, nullptr), count);
+  }
+  Written w(param);
+  const Target<A> t = how.into<A>(w.memory);
+  const auto loop = kernels().of<A>().step[static_cast<int>(options.transform)];
+  over_chunks(count, [&](int64_t begin, int64_t end) { loop(h, g, first, second, t, begin, end); });
+  w.finish();
+}
+
+// ---- ops ------------------------------------------------------------------------------------------------------------
+
+void check(bool equal) { STD_TORCH_CHECK(equal, "lists must have one entry a tensor"); }
+
+// Bases come flat: one a tensor, or all the left ones followed by all the right ones.
+std::vector<Subspace> subspaces(const Tensors& bases, int64_t side, size_t count) {
+  STD_TORCH_CHECK(side >= kDense && side <= kBoth, "side must be 0 to 3");
+  check(bases.size() == count * (side == kDense ? 0 : side == kBoth ? 2 : 1));
+  std::vector<Subspace> all(count);
+  for (size_t i = 0; i < count && side != kDense; ++i) {
+    (side == kRight ? all[i].right : all[i].left) = bases[i];
+    if (side == kBoth) all[i].right = bases[count + i];
+  }
+  return all;
+}
+
+std::optional<int64_t> seed_of(const std::vector<int64_t>& seeds, size_t i) {
+  return seeds.empty() ? std::nullopt : std::optional(seeds.at(i));
+}
+
+Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype) {
+  STD_TORCH_CHECK(side != kDense, "a dense gradient needs no projection");
+  const auto spaces = subspaces(bases, side, grads.size());
+  Tensors lows;
+  Scratch scratch;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const auto& [left, right] = spaces[i];
+    const std::vector shape{left ? left->size(1) : grads[i].size(0), right ? right->size(1) : grads[i].size(1)};
+    lows.push_back(torch::stable::new_empty(grads[i], shape, dtype));
+    with_type_of(lows[i], [&](auto zero) { project<decltype(zero)>(lows[i], grads[i], spaces[i], scratch); });
+  }
+  return lows;
+}
+
+Tensors adam_update_op(Tensors lows, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, double beta1, double beta2,
+                       double eps, int64_t transform, bool eps_inside) {
+  check(exp_avgs.size() == lows.size() && exp_avg_sqs.size() == lows.size() && steps.size() == lows.size());
+  const AdamOptions options{beta1, beta2, eps, static_cast<Transform>(transform), eps_inside};
+  Tensors updates;
+  for (size_t i = 0; i < lows.size(); ++i) {
+    with_type_of(exp_avgs[i], [&](auto zero) {
+      using A = decltype(zero);
+      const auto h = adam_at<A>(options, increment(steps[i]));
+      Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
+      updates.push_back(torch::stable::new_empty(m.memory, m.memory.sizes()));
+      A* n = updates[i].template mutable_data_ptr<A>();
+      const int64_t kept = adam<A>(options.transform, h, readable<A>(lows[i]), m.memory, v.memory, n);
+      if (const double scale = cautious_scale(options, kept, lows[i].numel()); scale != 1) {
+        over_chunks(lows[i].numel(), [&](int64_t begin, int64_t end) {
+          for (int64_t j = begin; j < end; ++j) n[j] *= static_cast<A>(scale);
+        });
+      }
+      m.finish();
+      v.finish();
+    });
+  }
+  return updates;
+}
+
+void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
+              double weight_decay, double scale, int64_t side, bool sign) {
+  check(updates.size() == params.size() && steps.size() == params.size());
+  check(seeds.empty() || seeds.size() == params.size());
+  const auto spaces = subspaces(bases, side, params.size());
+  const auto rate = rates(lr, params.size());
+  Scratch scratch;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i])};
+    with_type_of(params[i], [&](auto zero) {
+      using A = decltype(zero);
+      const Tensor update = torch::stable::contiguous(torch::stable::to(updates[i], scalar_type<A>));
+      apply<A>(params[i], update, spaces[i], how, scratch);
+    });
+  }
+}
+
+void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors bases,
+                       Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double beta2, double eps,
+                       double weight_decay, double scale, int64_t side, int64_t transform) {
+  const size_t count = params.size();
+  check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
+  check(seeds.empty() || seeds.size() == count);
+  const auto spaces = subspaces(bases, side, count);
+  const auto rate = rates(lr, count);
+  const AdamOptions options{beta1, beta2, eps, static_cast<Transform>(transform), false};
+  Scratch lows, blocks;
+  for (size_t i = 0; i < count; ++i) {
+    with_type_of(exp_avgs[i], [&](auto zero) {
+      using A = decltype(zero);
+      const double step = increment(steps[i]);
+      const Adam<A> h = adam_at<A>(options, step);
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
+      if (spaces[i].dense()) {
+        step_dense<A>(options, h, params[i], readable<A>(grads[i]), m.memory, v.memory, how);
+      } else {
+        const auto sizes = m.memory.sizes();
+        const Tensor low = lows.take(m.memory, scalar_type<A>, {sizes.begin(), sizes.end()});
+        project<A>(low, grads[i], spaces[i], blocks);
+        A* n = low.template mutable_data_ptr<A>();
+        const int64_t kept = adam<A>(options.transform, h, low, m.memory, v.memory, n);
+        how.factor *= cautious_scale(options, kept, low.numel());
+        apply<A>(params[i], low, spaces[i], how, blocks);
+      }
+      m.finish();
+      v.finish();
+    });
+  }
+}
+
+// The largest |g| of every gradient, as float64; NaN if there is one.
+Tensor grad_max_op(Tensors grads) {
+  const auto count = static_cast<int64_t>(grads.size());
+  STD_TORCH_CHECK(count > 0, "no gradients");
+  const Tensor out = torch::stable::new_empty(grads[0], std::vector{count}, ScalarType::Double);
+  double* largest = out.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < count; ++i) {
+    with_type_of(grads[i], [&](auto zero) {
+      using A = decltype(zero);
+      const Tensor grad = torch::stable::contiguous(grads[i]);
+      const Source s = source(grad);
+      const int64_t chunks = (grad.numel() + kChunk - 1) / kChunk;
+      std::vector<A> found(chunks);
+      const auto loop = kernels().of<A>().absmax;
+      over_chunks(grad.numel(), [&](int64_t begin, int64_t end) { found[begin / kChunk] = loop(s, begin, end); });
+      largest[i] = 0;
+      for (const A x : found) largest[i] = std::isnan(largest[i]) || x <= largest[i] ? largest[i] : x;
+    });
+  }
+  return out;
+}
+
+std::string isa_op() { return kernels().isa; }
+
+}  // namespace
+}  // namespace sso
+
+STABLE_TORCH_LIBRARY_FRAGMENT(subspace_optim, m) { m.def("isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&sso::isa_op)); }
+
+STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
+  m.impl("project", TORCH_BOX(&sso::project_op));
+  m.impl("adam_update_", TORCH_BOX(&sso::adam_update_op));
+  m.impl("apply_", TORCH_BOX(&sso::apply_op));
+  m.impl("projected_adam_", TORCH_BOX(&sso::projected_adam_op));
+  m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
+}

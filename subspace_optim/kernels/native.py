@@ -1,0 +1,106 @@
+"""The kernels of csrc/, with the signatures of reference.py; what they do not do better is the reference itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _ext, ops
+from ..types import TRANSFORMS, Plan, Side
+from . import reference
+from .reference import back, transform_, write_
+
+__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+
+_ops = torch.ops.subspace_optim
+
+
+def supports(plan: Plan | None) -> str | None:
+    """Why these kernels cannot step the plan, or at all; None if they can."""
+    if plan is not None and plan.device.type != "cpu":
+        return f"they are for the CPU, and the parameter is on {plan.device.type}"
+    return _ext.load()
+
+
+def detail() -> str:
+    """What is worth knowing of them where they run."""
+    return _ext.isa()
+
+
+def grad_max(grads: list[Tensor]) -> Tensor:
+    """The largest |g| of every gradient, as float64; NaN if it has one."""
+    return _ops.grad_max(grads)
+
+
+def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+    """R for every G; half-precision gradients are converted block by block."""
+    if side is None:
+        return reference.project(grads, bases, side, dtype)
+    return _ops.project(grads, bases, ops.SIDES.index(side), dtype)
+
+
+def adam_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+) -> list[Tensor]:
+    """R, M and V are read once, M, V and N written once."""
+    return _ops.adam_update_(
+        lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside
+    )
+
+
+def apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool = False,
+) -> None:
+    """Every W is read and written once."""
+    _ops.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign)
+    _written(params)
+
+
+def projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """One matrix at a time, so that R lives in the cache."""
+    _ops.projected_adam_(
+        *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform)),
+    )
+    _written(params)
+
+
+def _written(params: Iterable[Tensor]) -> None:
+    """Tell autograd, as every in-place op of torch does, so that a stale graph is refused and not used."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)

@@ -1,0 +1,85 @@
+"""The kernels as torch ops: every schema, fake and default kernel. This page is the whole kernel API.
+
+The default kernel of an op is the reference; csrc/ registers faster ones for the CPU under the same names. Bases come
+flat, as in kernels/reference.py; `side` is an index into SIDES and `transform` one into TRANSFORMS.
+
+Defined by hand, because `torch.library.custom_op` would cost a step 80 µs a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import _ext
+from .kernels import reference
+from .types import TRANSFORMS, Side
+
+SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
+
+_library = Library("subspace_optim", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema[: schema.index("(")]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"subspace_optim::{name}", fake, lib=_library)
+
+
+def _decoded(kernel: Callable[..., Any], **tables: Sequence[Any]) -> Callable[..., Any]:
+    """The kernel, taking indices into these tables where it takes their values."""
+    at = {i: tables[name] for i, name in enumerate(signature(kernel).parameters) if name in tables}
+    return lambda *arguments: kernel(*(at[i][value] if i in at else value for i, value in enumerate(arguments)))
+
+
+def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype) -> list[Tensor]:
+    lows = []
+    for i, grad in enumerate(grads):
+        (m, n), rank = grad.shape, bases[i].shape[1]
+        low = (m, rank) if SIDES[side] == "right" else (rank, n if SIDES[side] == "left" else rank)
+        lows.append(grad.new_empty(low, dtype=dtype))
+    return lows
+
+
+# A dense gradient is its own projection, which an op may not return: the side is never None here.
+_define(
+    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype) -> Tensor[]",
+    _decoded(reference.project, side=SIDES),
+    _fake_project,
+)
+
+_define(
+    "adam_update_(Tensor[] lows, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] steps, float beta1, "
+    "float beta2, float eps, int transform, bool eps_inside) -> Tensor[]",
+    _decoded(reference.adam_update_, transform=TRANSFORMS),
+    lambda lows, exp_avgs, *_: [m.new_empty(m.shape) for m in exp_avgs],
+)
+
+_define(
+    "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
+    "float weight_decay, float scale, int side, bool sign) -> ()",
+    _decoded(reference.apply_, side=SIDES),
+    lambda *_: None,
+)
+
+_define(
+    "projected_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
+    "float weight_decay, float scale, int side, int transform) -> ()",
+    _decoded(reference.projected_adam_, side=SIDES, transform=TRANSFORMS),
+    lambda *_: None,
+)
+
+_define(
+    "grad_max(Tensor[] grads) -> Tensor",
+    reference.grad_max,
+    lambda grads: grads[0].new_empty(len(grads), dtype=torch.float64),
+)
+
+_ext.load()
