@@ -118,7 +118,8 @@ class SVD(Projector):
             sketch = philox.normal(seeds[i], tuple(olds[i].shape), olds[i].device)
             start[i] = torch.linalg.qr(sketch.to(start.dtype))[0]
         # Gᵀ G squares the scale of G, which may itself be far from 1.
-        inverse = [1 / g.abs().amax().to(start.dtype) for g in grads]
+        least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
+        inverse = [1 / g.abs().amax().to(start.dtype).clamp(min=least) for g in grads]
 
         def times(q: Tensor, members: Iterable[int]) -> list[Tensor]:
             return [(grads[i].to(x.dtype) @ x) * inverse[i] for i, x in zip(members, q, strict=True)]

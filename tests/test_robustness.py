@@ -452,4 +452,4 @@ def test_lr_zero_moves_nothing(method):
             torch.testing.assert_close(params[name].detach(), before[name], rtol=1e-5, atol=1e-6)
     else:
         assert_same(snapshot(params), before)
-    assert all(state["step"] == 3 for state in opt.state.values())
+    assert all((state["step"] == 3).all() for state in opt.state.values())
