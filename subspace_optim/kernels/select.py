@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
-from ..types import Plan
-from . import reference
+import torch
 
-# name → (the module, or None; why it cannot step a plan, or None). "auto" takes the first that can.
-IMPLS: dict[str, tuple[ModuleType, Callable[[Plan | None], str | None]]] = {
-    "reference": (reference, lambda plan: None),
+from ..types import Plan
+from . import native
+
+
+def _triton(plan: Plan | None) -> str | None:
+    """What triton.supports says; the module is imported only where it could run."""
+    if plan is not None and plan.device.type != "cuda":
+        return f"it is for CUDA, and the parameter is on {plan.device.type}"
+    if not torch.cuda.is_available():
+        return "this machine has no CUDA device"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return _module("triton").supports(plan)
+
+
+# module → why it cannot step a plan (without one: any), or None. "auto" takes the first that can.
+IMPLS: dict[str, Callable[[Plan | None], str | None]] = {
+    "triton": _triton,
+    "native": native.supports,
+    "reference": lambda plan: None,
 }
 
 
+def _module(name: str) -> ModuleType:
+    return import_module(f".{name}", __package__)
+
+
 def available() -> dict[str, str]:
-    """Every kernel backend by name: "available", or the reason why it is not."""
-    return {name: reason(None) or "available" for name, (_, reason) in IMPLS.items()}
+    """Every kernel backend by name: "available", with what is worth knowing of it, or the reason why it is not."""
+    return {name: reason(None) or f"available{_detail(_module(name))}" for name, reason in IMPLS.items()}
+
+
+def _detail(module: ModuleType) -> str:
+    return f" ({module.detail()})" if hasattr(module, "detail") else ""
 
 
 def resolve(backend: str, plan: Plan) -> ModuleType:
@@ -31,11 +57,10 @@ def resolve(backend: str, plan: Plan) -> ModuleType:
         RuntimeError: an explicit choice cannot step this plan; "auto" falls through to the next one instead.
     """
     if backend == "auto":
-        return next(module for module, reason in IMPLS.values() if reason(plan) is None)
+        return _module(next(name for name, reason in IMPLS.items() if reason(plan) is None))
     if backend not in IMPLS:
         raise ValueError(f"backend='{backend}' does not exist; choose one of auto, {', '.join(IMPLS)}")
-    module, reason = IMPLS[backend]
-    why = reason(plan)
+    why = IMPLS[backend](plan)
     if why is not None:
         raise RuntimeError(f"backend='{backend}' is not available: {why}; backend='auto' would fall back")
-    return module
+    return _module(backend)
