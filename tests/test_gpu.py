@@ -77,3 +77,161 @@ def test_state_lives_on_the_gpu_and_resumes_bit_for_bit(name, dtype, tmp_path):
     steps(again, opt_again, range(6, 10))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# ---- kernels/triton.py: compiled, beside the reference on the same device -------------------------------------------
+
+
+def triton_kernels():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from subspace_optim.kernels import triton
+
+    return triton
+
+
+@pytest.mark.parametrize("method", SAME_STREAM, ids=str)
+def test_triton_agrees_with_the_reference(method):
+    """float32, over ten steps: the first basis lasts, because an SVD turns its vectors by the last digit."""
+    triton_kernels()
+    ends = []
+    for backend in ("triton", "reference"):
+        params = net(torch.float32).to(GPU)
+        opt = build(method, params, backend=backend, update_proj_gap=100)
+        for step in range(10):
+            for (name, param), like in zip(params.items(), net(torch.float32).values(), strict=True):
+                noise = torch.Generator().manual_seed(1000 * step + len(name))
+                param.grad = torch.randn(like.shape, generator=noise).to(GPU)
+            opt.step()
+        ends.append(params)
+    for name, param in ends[0].items():
+        torch.testing.assert_close(param, ends[1][name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def triton_bucket(shape, rank, side, dtype, count=3):
+    """Arguments of projected_adam_ up to `steps`; W is small beside an update, so that errors show."""
+    torch.manual_seed(0)
+    m, n = shape[0], shape[-1]
+    low = {None: shape, "right": (m, rank), "left": (rank, n)}[side]
+    d = {None: 0, "right": n, "left": m}[side]
+    many = range(count)
+    return (
+        [torch.randn(shape, device=GPU).mul(0.01).to(dtype) for _ in many],
+        [torch.randn(shape, device=GPU).to(dtype) for _ in many],
+        [torch.randn(low, device=GPU) * 0.1 for _ in many],
+        [torch.rand(low, device=GPU) for _ in many],
+        [torch.linalg.qr(torch.randn(d, rank, device=GPU))[0] for _ in many if side],
+        [torch.tensor(float(i), device=GPU) for i in many],
+    )
+
+
+def triton_both(lists, lr, side, transform="none", seeds=()):
+    kernels = triton_kernels()
+    mine, theirs = ([[t.clone() for t in column] for column in lists] for _ in range(2))
+    for kernel, columns in ((kernels, mine), (kernels.reference, theirs)):
+        kernel.projected_adam_(*columns, seeds, lr, 0.8, 0.95, 1e-3, 0.1, 0.5, side, transform)
+    return mine, theirs
+
+
+def far(a, b):
+    """Largest relative Frobenius error over two lists."""
+    return max((torch.dist(x.double(), y.double()) / y.double().norm().clamp(min=1e-30)).item() for x, y in zip(a, b))
+
+
+# One tile, several, odd rows, ranks on both paths; LLaMA-1B's odd 2048 × 5461.
+TRITON_SHAPES = [
+    ((33, 17), 5), ((512, 512), 128), ((1376, 512), 100), ((512, 1376), 256), ((2048, 5461), 256), ((700, 640), 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("shape", TRITON_SHAPES, ids=str)
+def test_triton_projected_adam(shape, side, dtype):
+    """tf32x3 to 5e-6; 16-bit operands to 1 % of W and 0.5 % of the moments; the rate from the host and the device."""
+    lists = triton_bucket(*shape, side, dtype)
+    for lr in (torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.7, device=GPU)):
+        for transform in ("none", "grams"):
+            mine, theirs = triton_both(lists, lr, side, transform)
+            bound = 5e-6 if dtype == torch.float32 else 5e-3
+            assert max(far(mine[2], theirs[2]), far(mine[3], theirs[3])) < bound
+            if transform == "none":  # with grams the sign of a tiny R may differ
+                assert far(mine[0], theirs[0]) < 2 * bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (33, 17), (32000, 64), (3, 5, 8)], ids=str)
+def test_triton_dense(shape, dtype):
+    mine, theirs = triton_both(triton_bucket(shape, 0, None, dtype), torch.tensor(0.7), None)
+    assert far(mine[0], theirs[0]) < (1e-6 if dtype == torch.float32 else 2e-3)
+    assert max(far(mine[2], theirs[2]), far(mine[3], theirs[3])) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(13,), (3000,), (33, 17), (64, 512)], ids=str)
+def test_triton_rounds_with_the_same_bits(shape):
+    kernels = triton_kernels()
+    torch.manual_seed(0)
+    value, step = torch.randn(shape, device=GPU), torch.tensor(70000.0, device=GPU)
+    mine, theirs = (torch.zeros(shape, dtype=torch.bfloat16, device=GPU) for _ in range(2))
+    kernels.write_(mine, value, step, 2**62 + 12345)
+    kernels.reference.write_(theirs, value.clone(), step, 2**62 + 12345)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("shape", [(64, 96), (33, 17)], ids=str)
+def test_triton_rounds_tiles_with_the_same_bits(shape, side, monkeypatch):
+    """The bases are columns of the identity, so that back(N) is N's own numbers and zeros, in tf32x3 too."""
+    kernels = triton_kernels()
+    monkeypatch.setattr(kernels, "DOT", dict.fromkeys(kernels.DOT, "tf32x3"))
+    m, n = shape
+    params = [torch.randn(shape, device=GPU).bfloat16() for _ in range(2)]
+    low = (m, 8) if side == "right" else (8, n)
+    updates = [torch.randn(low, device=GPU).bfloat16().float() for _ in range(2)]  # one tf32 term holds each
+    bases = [torch.eye(n if side == "right" else m, device=GPU)[:, :8].contiguous() for _ in range(2)]
+    steps, lr = [torch.tensor(float(i), device=GPU) for i in range(2)], torch.tensor(1.0)
+    mine, theirs = ([p.clone() for p in params] for _ in range(2))
+    for kernel, own in ((kernels, mine), (kernels.reference, theirs)):
+        kernel.apply_(own, updates, bases, steps, (2**62 + 1, 7), lr, 0.0, 1.0, side)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rank", [64, 300])
+def test_triton_step_is_captured_and_waits_for_nothing(rank):
+    """Replays of a CUDA graph take the steps that calls would, the step counts and a changed rate included."""
+    kernels = triton_kernels()
+    lr = torch.tensor(0.7, device=GPU)
+    mine, theirs = (triton_bucket((512, 400), rank, "right", torch.bfloat16) for _ in range(2))
+    arguments = ((5, 6, 7), lr, 0.8, 0.95, 1e-3, 0.1, 0.5, "right", "none")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for lists in (mine, theirs):  # compiles
+            kernels.projected_adam_(*lists, *arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.projected_adam_(*mine, *arguments)
+    for _ in range(3):
+        graph.replay()
+        kernels.projected_adam_(*theirs, *arguments)
+        lr.mul_(0.5)
+    for a, b in zip(mine, theirs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("rank", "most"), [(64, 4), (300, 5)])
+def test_triton_launches_do_not_grow_with_the_bucket(rank, most):
+    """Bases to 16 bits, step counts, one fused kernel or two; the table of addresses is already there."""
+    kernels = triton_kernels()
+    for count in (2, 24):
+        lists = triton_bucket((512, 400), rank, "right", torch.bfloat16, count)
+        arguments = (range(count), torch.tensor(0.1), 0.8, 0.95, 1e-3, 0.1, 0.5, "right", "none")
+        for _ in range(3):
+            kernels.projected_adam_(*lists, *arguments)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            kernels.projected_adam_(*lists, *arguments)
+            torch.cuda.synchronize()
+        launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert len(launched) <= most, launched

@@ -1,0 +1,205 @@
+"""A step on a GPU beside torch's AdamW: time, launches, and the distance to what bandwidth and arithmetic allow.
+
+Run `bench/gpu.sh`, or this alone: `python bench/gpu.py [--sizes 60m 1b] [--rounds 20]`. Arms take turns (A B A B) and
+are timed by CUDA events; what is printed is medians, and ratios within the run. Nothing is timed before parity with
+the reference holds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import subspace_optim as so
+from subspace_optim.kernels import reference
+from subspace_optim.kernels import triton as kernels
+
+GPU = torch.device("cuda")
+SIZES = {"60m": (512, 1376, 8), "1b": (2048, 5461, 24)}  # hidden, intermediate, layers of LLaMA as GaLore has it
+RANKS = {"60m": (128, 256), "1b": (256, 512, 1024)}
+LR = 1e-4
+
+
+def shapes(size):
+    """The projected matrices: q, k, v, o, gate, up, down of every layer."""
+    hidden, wide, layers = SIZES[size]
+    return ([(hidden, hidden)] * 4 + [(wide, hidden)] * 2 + [(hidden, wide)]) * layers
+
+
+def parity():
+    """Error of one step against the reference with the same bases, by dtype; refuses to go on if it is too large."""
+    errors = {}
+    for dtype, bound in ((torch.float32, 5e-6), (torch.bfloat16, 1e-2)):
+        for rank in (128, 256, 300):
+            ends = []
+            for kernel in (kernels, reference):
+                torch.manual_seed(0)
+                lists = [[torch.randn(s, device=GPU).to(dtype)] for s in ((1024, 704), (1024, 704))]
+                lists[0][0].mul_(0.01)
+                lists += [[torch.zeros(1024, rank, device=GPU)] for _ in range(2)]
+                lists += [[torch.linalg.qr(torch.randn(704, rank, device=GPU))[0].contiguous()]]
+                lists += [[torch.zeros((), device=GPU)]]
+                rate = torch.tensor(1.0, dtype=torch.float64)
+                kernel.projected_adam_(*lists, (), rate, 0.9, 0.999, 1e-8, 0.1, 1.0, "right", "none")
+                ends.append(lists[3][0].double())
+                ends[-1] = torch.cat((ends[-1].flatten(), lists[0][0].double().flatten()))
+            error = (torch.dist(*ends) / ends[1].norm()).item()
+            errors[f"{dtype} rank {rank}"] = error
+            if not error < bound:
+                sys.exit(f"parity fails: {dtype}, rank {rank}: {error:.1e} is not below {bound:.0e}; nothing is timed")
+    return errors
+
+
+def ceilings():
+    """Measured bytes a second of a device copy, and bf16 FLOP a second of a matrix product."""
+    source = torch.randn(2**28, device=GPU)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, device=GPU).bfloat16() for _ in range(2))
+    copy = timed({"copy": lambda: target.copy_(source)}, 20)["copy"]
+    product = timed({"product": lambda: a @ b}, 20)["product"]
+    return 2 * source.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3
+
+
+def timed(arms, rounds):
+    """Median milliseconds of each arm; the arms take turns."""
+    for step in arms.values():
+        for _ in range(3):
+            step()
+    events = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, step in arms.items():
+            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda.synchronize()
+            pair[0].record()
+            step()
+            pair[1].record()
+            events[name].append(pair)
+    torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+
+
+def launches(step):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def limit(size, rank, bandwidth, rate):
+    """Milliseconds below which no step can be: G and Q read once, W, M and V read and written once, every FLOP."""
+    moved = flop = 0
+    for m, n in shapes(size):
+        small, large = min(m, n), max(m, n)
+        moved += 6 * m * n + 16 * large * rank + 4 * small * rank
+        flop += 4 * m * n * rank
+    return max(moved / bandwidth, flop / rate) * 1e3
+
+
+def bare(optimizer):
+    """The kernels of a step alone, as a CUDA graph: without the engine's look at the gradients."""
+    calls = []
+    for work in optimizer._collect():
+        bucket = work.bucket
+        bases = [basis for (basis,) in optimizer.projector.bases(bucket.plan, bucket.states)]
+        arguments = (
+            *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
+            *(bases, bucket.slot("step"), bucket.seeds, torch.tensor(LR, device=GPU)),
+            *(0.9, 0.999, 1e-8, 0.0, work.group["scale"], bucket.plan.side, "none"),
+        )
+        calls.append((work.kernel.projected_adam_, arguments))
+
+    @torch.no_grad()
+    def step():
+        for projected_adam_, arguments in calls:
+            projected_adam_(*arguments)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def optimizers(size, params):
+    """Every arm by name, as a call that takes one step."""
+    yield "torch fused, bf16 state", torch.optim.AdamW(params, lr=LR, fused=True).step
+    yield "torch foreach, bf16 state", torch.optim.AdamW(params, lr=LR, foreach=True).step
+    dense = so.SubspaceOptimizer(params, lr=LR, backend="triton")
+    yield "ours dense, fp32 state", dense.step
+    for rank in RANKS[size]:
+        projector = so.RandomProjection(rank, update_proj_gap=10**9)  # an ordinary step: never a refresh but the first
+        for backend in ("triton", "reference"):
+            opt = so.SubspaceOptimizer(params, projector, lr=LR, backend=backend)
+            opt.step()
+            yield f"rank {rank} {backend}", opt.step
+            if backend == "triton":
+                yield f"rank {rank} triton, graph of its kernels", bare(opt)
+
+
+def measure(size, rounds, bandwidth, rate):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, device=GPU).mul_(0.02).bfloat16()) for s in shapes(size)]
+    for param in params:
+        param.grad = torch.randn(param.shape, device=GPU).mul_(1e-3).bfloat16()
+    arms = dict(optimizers(size, params))
+    medians = timed(arms, rounds)
+    count = sum(p.numel() for p in params)
+    rows = []
+    for name, median in medians.items():
+        row = {"size": size, "arm": name, "ms": median, "launches": launches(arms[name])}
+        row["to_fused"] = median / medians["torch fused, bf16 state"]
+        row["to_dense_fp32"] = median / medians["ours dense, fp32 state"]
+        if name.startswith("rank"):
+            row["to_limit"] = median / limit(size, int(name.split()[1]), bandwidth, rate)
+        else:
+            row["to_limit"] = median / ((22 if "ours" in name else 14) * count / bandwidth * 1e3)
+        rows.append(row)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    errors = parity()
+    bandwidth, rate = ceilings()
+    print(f"parity holds; copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    rows = []
+    print(f"{'size':5}{'arm':40}{'ms':>9}{'/fused':>8}{'/dense':>8}{'/limit':>8}{'launches':>9}")
+    for size in options.sizes:
+        for row in measure(size, options.rounds, bandwidth, rate):
+            rows.append(row)
+            ratios = "".join(f"{row[key]:8.2f}" for key in ("to_fused", "to_dense_fp32", "to_limit"))
+            print(f"{row['size']:5}{row['arm']:40}{row['ms']:9.3f}{ratios}{row['launches']:9}")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    report = {
+        "commit": commit or "unknown",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"gpu": torch.cuda.get_device_name(), "host": platform.platform()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": kernels.triton.__version__,
+        },
+        "bytes_per_second": bandwidth,
+        "flop_per_second": rate,
+        "parity": errors,
+        "rows": rows,
+    }
+    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder / f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+    name.write_text(json.dumps(report, indent=1) + "\n")
+    print(name)
+
+
+if __name__ == "__main__":
+    main()

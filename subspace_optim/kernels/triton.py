@@ -1,0 +1,923 @@
+"""The steps of reference.py as Triton kernels: a whole bucket at a time, in two or three launches.
+
+One launch covers all tensors of a bucket: it finds them in a table of addresses on the device, program_id(1) being the
+tensor and program_id(0) the block within it.
+
+    _advance      steps += 1 and their bias corrections, in float64
+    _elementwise  dense: moments, transform and the write of the parameter, in one pass; or a part of these
+    _fused        projected, small ranks (see FUSED_RANK): a program owns a row block of W (a column block, on the left)
+                  with its rows of M and V; G is read once, W is read and written once
+    _project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
+    _apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
+
+Nothing here waits for the device, and a step can be captured in a CUDA graph. What these kernels do not cover is done
+by the reference: projections on both sides, the cautious transform (it needs the mean of a mask before the write),
+float64, and tensors that are not contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Plan, Side
+from . import reference
+from .reference import back, grad_max, transform_
+
+__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+
+# How tl.dot multiplies, by dtype of the gradient (or, in apply_, of the parameter). tf32x3 is float32 to 1e-6; with
+# 16-bit operands the basis and N are rounded as the gradient was, 0.2 % of an update's norm in bfloat16. "tf32x3" is
+# valid for every dtype, at a sixth of the speed.
+DOT = {torch.float32: "tf32x3", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Largest rank of _fused: above it the accumulators leave the registers, as they do where rows are not aligned.
+FUSED_RANK = {"tf32x3": 128, "tf32": 128, "bf16": 256, "fp16": 256}
+FUSED_MULTIPLE = 8  # of which n must be a multiple
+
+_WORKSPACE = 2**27  # bytes of updates between _project and _apply: a larger bucket is stepped in parts
+_BLOCK = 1024  # elements of a program of _elementwise
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DOT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Blocks(NamedTuple):
+    """Shape of a program: its tile, depth of one pass of its loop, columns of an epilogue's slice, warps, stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    slice: int
+    warps: int
+    stages: int
+
+
+# (kernel, 16-bit operands, generation) → blocks; the column block of _fused is the rank. 80 stands for every GPU with
+# about 100 KB of shared memory, 90 for Hopper, 100 for data-centre Blackwell. tests/test_triton_aot.py compiles every
+# row for six architectures and refuses spills.
+BLOCKS = {
+    ("fused", True, 80): Blocks(64, 0, 32, 16, 8, 2),
+    ("fused", True, 90): Blocks(128, 0, 32, 16, 8, 2),
+    ("fused", True, 100): Blocks(64, 0, 32, 16, 8, 2),
+    ("fused", False, 80): Blocks(64, 0, 16, 32, 8, 2),
+    ("fused", False, 90): Blocks(64, 0, 32, 32, 8, 2),
+    ("fused", False, 100): Blocks(64, 0, 32, 32, 8, 2),
+    ("project", True, 80): Blocks(128, 64, 32, 16, 8, 3),
+    ("project", True, 90): Blocks(128, 128, 64, 32, 8, 3),
+    ("project", True, 100): Blocks(128, 128, 64, 8, 8, 3),
+    ("project", False, 80): Blocks(64, 64, 32, 16, 4, 2),
+    ("project", False, 90): Blocks(64, 64, 32, 32, 4, 3),
+    ("project", False, 100): Blocks(64, 64, 32, 32, 4, 3),
+    ("apply", True, 80): Blocks(128, 64, 32, 32, 8, 3),
+    ("apply", True, 90): Blocks(128, 128, 64, 32, 8, 3),
+    ("apply", True, 100): Blocks(128, 128, 64, 32, 8, 3),
+    ("apply", False, 80): Blocks(64, 64, 32, 32, 4, 2),
+    ("apply", False, 90): Blocks(64, 64, 32, 32, 4, 3),
+    ("apply", False, 100): Blocks(64, 64, 32, 32, 4, 3),
+}
+
+
+def supports(plan: Plan | None) -> str | None:
+    """Why a CUDA tensor of this plan cannot be stepped here, or None; without a plan, whether any can."""
+    if torch.version.hip is not None:
+        return "not tried on ROCm"
+    if plan is None:
+        return None
+    if _capability(plan.device) < 80:
+        return "the GPU is older than compute capability 8.0"
+    return None if plan.dtype in _TYPES else f"no kernel for {plan.dtype}"
+
+
+# ---- on the device ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _at(table, row: tl.constexpr, dtype: tl.constexpr, ALIGN: tl.constexpr):
+    """The pointer to this program's tensor in a row of the table."""
+    address = tl.load(table + row * tl.num_programs(1) + tl.program_id(1))
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), ALIGN)  # on the address the hint would be lost
+
+
+@triton.jit
+def _rate(lr, LR: tl.constexpr):
+    """The learning rate: a value (LR = -1), one on the device (0), or one a tensor (1)."""
+    if LR < 0:
+        return lr
+    else:
+        return tl.load(lr + LR * tl.program_id(1)).to(tl.float32)
+
+
+@triton.jit
+def _within(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets within a tile of a matrix with rows of `width`."""
+    return tl.arange(0, ROWS)[:, None] * width + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _tile(pointer, i, j, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to the tile at (i, j): 64 bits for its corner, as a large embedding needs, 32 within it."""
+    return pointer + tl.to_tensor(i).to(tl.int64) * width + j + _within(width, ROWS, COLUMNS)
+
+
+@triton.jit
+def _inside(i, j, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (i + tl.arange(0, ROWS) < height)[:, None] & (j + tl.arange(0, COLUMNS) < width)[None, :]
+
+
+@triton.jit
+def _load(pointer, i, j, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile at (i, j) of a matrix, zero beyond its edges."""
+    inside = _inside(i, j, height, width, ROWS, COLUMNS)
+    return tl.load(_tile(pointer, i, j, width, ROWS, COLUMNS), mask=inside, other=0.0)
+
+
+@triton.jit
+def _operand(x, DOT: tl.constexpr):
+    if DOT == "bf16":
+        return x.to(tl.bfloat16)
+    elif DOT == "fp16":
+        return x.to(tl.float16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _dot(a, b, accumulator, DOT: tl.constexpr):
+    if DOT == "bf16" or DOT == "fp16":
+        return tl.dot(_operand(a, DOT), _operand(b, DOT), accumulator)
+    else:
+        return tl.dot(_operand(a, DOT), _operand(b, DOT), accumulator, input_precision=DOT)
+
+
+@triton.jit
+def _adam(g, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS: tl.constexpr, EPS_INSIDE: tl.constexpr):
+    """N and both moments, advanced by g."""
+    first = tl.load(corrections + tl.program_id(1))
+    second = tl.load(corrections + tl.num_programs(1) + tl.program_id(1))
+    mean += alpha1 * (g - mean)
+    square = beta2 * square + alpha2 * g * g
+    root = tl.sqrt_rn(square)  # the approximate root flushes the smallest V to zero
+    if EPS_INSIDE:
+        root = tl.div_rn(root + eps, second)
+    else:
+        root = tl.div_rn(root, second) + eps
+    update = tl.div_rn(mean, root * first)
+    if GRAMS:
+        size = tl.abs(update)
+        update = tl.where(g > 0, size, tl.where(g < 0, -size, 0.0))
+    return update, mean, square
+
+
+@triton.jit
+def _half_words(seed, step, block):
+    """16 random bits for 8 elements a block, as philox.stochastic_round_ deals them out: (..., k) → (..., 8 k)."""
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero)  # (..., k) each
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # (..., 4 k)
+    return tl.interleave(words & 0xFFFF, words >> 16)
+
+
+@triton.jit
+def _noise(table, corner, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: tl.constexpr):
+    """Rounding noise of a tile whose corner is element `corner` of its tensor.
+
+    NOISE = 8: rows hold whole blocks of 8 elements, which share one call of Philox. NOISE = 1: each element makes its
+    own, and takes the half-word that is its.
+    """
+    seed, step = _seed_and_step(table)
+    first = (corner >> 3).to(tl.uint32)
+    if NOISE == 8:
+        return _half_words(seed, step, first + _within(n // 8, ROWS, COLUMNS // 8).to(tl.uint32))
+    else:
+        element = (corner & 7).to(tl.int32) + _within(n, ROWS, COLUMNS)
+        block = first + (element >> 3).to(tl.uint32)
+        zero = block * 0
+        w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero)
+        word = (element & 7) >> 1
+        word = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+        return tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def _seed_and_step(table):
+    step = tl.load(_at(table, 5, tl.float32, 4)).to(tl.int32)
+    return tl.load(table + 6 * tl.num_programs(1) + tl.program_id(1)), step
+
+
+@triton.jit
+def _round(value, noise):
+    """Stochastically to bfloat16, still as float32: the 16 bits that will be dropped decide by chance."""
+    return ((value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _advance(table, corrections, count, log_beta1, log_beta2, BLOCK: tl.constexpr):
+    """Steps advance; corrections (2, count): 1 - β₁ᵏ and √(1 - β₂ᵏ), in float64 because the difference cancels."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = b < count
+    step = tl.load(table + 5 * count + b, mask=here, other=0).to(tl.pointer_type(tl.float32))
+    k = tl.load(step, mask=here, other=0.0) + 1
+    tl.store(step, k, mask=here)
+    k = k.to(tl.float64)
+    tl.store(corrections + b, (1 - tl.exp(k * log_beta1)).to(tl.float32), mask=here)
+    tl.store(corrections + count + b, tl.sqrt(1 - tl.exp(k * log_beta2)).to(tl.float32), mask=here)
+
+
+@triton.jit
+def _elementwise(
+    table,
+    corrections,
+    lr,
+    size,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    weight_decay,
+    scale,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    ADAM: tl.constexpr,
+    APPLY: tl.constexpr,
+    SIGN: tl.constexpr,
+    GRAMS: tl.constexpr,
+    EPS_INSIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < size
+    out = _at(table, 0, OUT, ALIGN) + i
+    update = tl.load(_at(table, 1, IN, ALIGN) + i, mask=inside, other=0.0).to(tl.float32)
+    if ADAM:
+        mean_at = _at(table, 2, tl.float32, ALIGN) + i
+        square_at = _at(table, 3, tl.float32, ALIGN) + i
+        mean = tl.load(mean_at, mask=inside, other=0.0)
+        square = tl.load(square_at, mask=inside, other=0.0)
+        update, mean, square = _adam(update, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, EPS_INSIDE)
+        tl.store(mean_at, mean, mask=inside)
+        tl.store(square_at, square, mask=inside)
+    if APPLY:
+        if SIGN:
+            update = _sign(update)
+        rate = _rate(lr, LR)
+        update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
+        if NOISE > 0:
+            seed, step = _seed_and_step(table)
+            update = _round(update, _half_words(seed, step, ((start >> 3) + tl.arange(0, BLOCK // 8)).to(tl.uint32)))
+    tl.store(out, update.to(OUT), mask=inside)
+
+
+@triton.jit
+def _accumulate(
+    g,
+    q,
+    o,
+    r,
+    m,
+    n,
+    rank,
+    LEFT: tl.constexpr,
+    DOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """G Q for ROWS rows of G from o (left: Qᵀ G for as many columns) and RANK columns of Q from r."""
+    if LEFT:
+        low = tl.zeros((RANK, ROWS), tl.float32)
+        for d in range(0, m, DEPTH):
+            basis = _load(q, d, r, m, rank, DEPTH, RANK)  # (DEPTH, RANK)
+            grad = _load(g, d, o, m, n, DEPTH, ROWS)  # (DEPTH, ROWS)
+            low = _dot(tl.trans(basis), grad, low, DOT)  # (RANK, ROWS)
+    else:
+        low = tl.zeros((ROWS, RANK), tl.float32)
+        for d in range(0, n, DEPTH):
+            basis = _load(q, d, r, n, rank, DEPTH, RANK)  # (DEPTH, RANK)
+            grad = _load(g, o, d, m, n, ROWS, DEPTH)  # (ROWS, DEPTH)
+            low = _dot(grad, basis, low, DOT)  # (ROWS, RANK)
+    return low
+
+
+@triton.jit
+def _advance_tile(
+    table,
+    corrections,
+    low,
+    i,
+    j,
+    height,
+    width,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    ALIGN: tl.constexpr,
+    GRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """N of a tile of R, at (i, j); its moments advance.
+
+    SLICE columns at a time, because a tile of R and of both moments together do not fit into the registers.
+    """
+    if COLUMNS > SLICE:
+        HALF: tl.constexpr = COLUMNS // 2
+        a, b = tl.split(tl.permute(tl.reshape(low, (ROWS, 2, HALF)), (0, 2, 1)))
+        a = _advance_tile(
+            *(table, corrections, a, i, j, height, width, alpha1, beta2, alpha2, eps),
+            *(ALIGN, GRAMS, ROWS, HALF, SLICE),
+        )
+        b = _advance_tile(
+            *(table, corrections, b, i, j + HALF, height, width, alpha1, beta2, alpha2, eps),
+            *(ALIGN, GRAMS, ROWS, HALF, SLICE),
+        )
+        return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, COLUMNS))
+    else:
+        inside = _inside(i, j, height, width, ROWS, COLUMNS)
+        mean_at = _tile(_at(table, 2, tl.float32, ALIGN), i, j, width, ROWS, COLUMNS)
+        square_at = _tile(_at(table, 3, tl.float32, ALIGN), i, j, width, ROWS, COLUMNS)
+        mean = tl.load(mean_at, mask=inside, other=0.0)
+        square = tl.load(square_at, mask=inside, other=0.0)
+        update, mean, square = _adam(low, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, False)
+        tl.store(mean_at, mean, mask=inside)
+        tl.store(square_at, square, mask=inside)
+        return update
+
+
+@triton.jit
+def _write(
+    table,
+    w,
+    step,
+    rate,
+    weight_decay,
+    scale,
+    i,
+    j,
+    m,
+    n,
+    SIGN: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """W ← (1 - lr·λ) W - lr·scale·step on the tile at (i, j)."""
+    if COLUMNS > SLICE:
+        HALF: tl.constexpr = COLUMNS // 2
+        a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
+        same = (rate, weight_decay, scale, i)
+        _write(table, w, a, *same, j, m, n, SIGN, NOISE, ROWS, HALF, SLICE)
+        _write(table, w, b, *same, j + HALF, m, n, SIGN, NOISE, ROWS, HALF, SLICE)
+    else:
+        inside = _inside(i, j, m, n, ROWS, COLUMNS)
+        at = _tile(w, i, j, n, ROWS, COLUMNS)
+        if SIGN:
+            step = _sign(step)
+        value = (1 - rate * weight_decay) * tl.load(at, mask=inside).to(tl.float32) - rate * scale * step
+        if NOISE > 0:
+            value = _round(value, _noise(table, tl.to_tensor(i).to(tl.int64) * n + j, n, ROWS, COLUMNS, NOISE))
+        tl.store(at, value.to(w.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def _fused(
+    table,
+    corrections,
+    lr,
+    m,
+    n,
+    rank,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    weight_decay,
+    scale,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    DOT: tl.constexpr,
+    LEFT: tl.constexpr,
+    GRAMS: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    w = _at(table, 0, W, ALIGN)
+    g = _at(table, 1, G, ALIGN)
+    q = _at(table, 4, Q, ALIGN)
+    o = tl.program_id(0) * ROWS
+    low = _accumulate(g, q, o, 0, m, n, rank, LEFT, DOT, ROWS, RANK, DEPTH)
+    rate = _rate(lr, LR)
+    if LEFT:
+        update = _advance_tile(
+            *(table, corrections, low, 0, o, rank, n, alpha1, beta2, alpha2, eps),
+            *(ALIGN, GRAMS, RANK, ROWS, SLICE),
+        )
+        update = _operand(update, DOT)  # (RANK, ROWS)
+        for d in range(0, m, DEPTH):
+            basis = _load(q, d, 0, m, rank, DEPTH, RANK)
+            step = _dot(basis, update, tl.zeros((DEPTH, ROWS), tl.float32), DOT)  # (DEPTH, ROWS)
+            _write(table, w, step, rate, weight_decay, scale, d, o, m, n, False, NOISE, DEPTH, ROWS, ROWS)
+    else:
+        update = _advance_tile(
+            *(table, corrections, low, o, 0, m, rank, alpha1, beta2, alpha2, eps),
+            *(ALIGN, GRAMS, ROWS, RANK, SLICE),
+        )
+        update = _operand(update, DOT)  # (ROWS, RANK)
+        for d in range(0, n, DEPTH):
+            basis = _load(q, d, 0, n, rank, DEPTH, RANK)
+            step = _dot(update, tl.trans(basis), tl.zeros((ROWS, DEPTH), tl.float32), DOT)  # (ROWS, DEPTH)
+            _write(table, w, step, rate, weight_decay, scale, o, d, m, n, False, NOISE, ROWS, DEPTH, DEPTH)
+
+
+@triton.jit
+def _project(
+    table,
+    corrections,
+    m,
+    n,
+    rank,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    OUT: tl.constexpr,
+    G: tl.constexpr,
+    Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    LEFT: tl.constexpr,
+    ADAM: tl.constexpr,
+    GRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """R of every tensor to the output, or where ADAM its N."""
+    tiles = tl.cdiv(rank, COLUMNS)
+    o = tl.program_id(0) // tiles * ROWS
+    r = tl.program_id(0) % tiles * COLUMNS
+    g = _at(table, 1, G, ALIGN)
+    q = _at(table, 4, Q, ALIGN)
+    low = _accumulate(g, q, o, r, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH)
+    out = _at(table, 0, OUT, ALIGN)
+    if LEFT:
+        if ADAM:
+            low = _advance_tile(
+                *(table, corrections, low, r, o, rank, n, alpha1, beta2, alpha2, eps),
+                *(ALIGN, GRAMS, COLUMNS, ROWS, SLICE),
+            )
+        inside = _inside(r, o, rank, n, COLUMNS, ROWS)
+        tl.store(_tile(out, r, o, n, COLUMNS, ROWS), low.to(OUT), mask=inside)
+    else:
+        if ADAM:
+            low = _advance_tile(
+                *(table, corrections, low, o, r, m, rank, alpha1, beta2, alpha2, eps),
+                *(ALIGN, GRAMS, ROWS, COLUMNS, SLICE),
+            )
+        inside = _inside(o, r, m, rank, ROWS, COLUMNS)
+        tl.store(_tile(out, o, r, rank, ROWS, COLUMNS), low.to(OUT), mask=inside)
+
+
+@triton.jit
+def _apply(
+    table,
+    lr,
+    m,
+    n,
+    rank,
+    weight_decay,
+    scale,
+    W: tl.constexpr,
+    IN: tl.constexpr,
+    Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    DOT: tl.constexpr,
+    LEFT: tl.constexpr,
+    SIGN: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    tiles = tl.cdiv(n, COLUMNS)
+    i = tl.program_id(0) // tiles * ROWS
+    j = tl.program_id(0) % tiles * COLUMNS
+    update = _at(table, 1, IN, ALIGN)
+    q = _at(table, 4, Q, ALIGN)
+    step = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for r in range(0, rank, DEPTH):
+        if LEFT:
+            basis = _load(q, i, r, m, rank, ROWS, DEPTH)  # (ROWS, DEPTH)
+            step = _dot(basis, _load(update, r, j, rank, n, DEPTH, COLUMNS), step, DOT)  # (ROWS, COLUMNS)
+        else:
+            basis = _load(q, j, r, n, rank, COLUMNS, DEPTH)  # (COLUMNS, DEPTH)
+            step = _dot(_load(update, i, r, m, rank, ROWS, DEPTH), tl.trans(basis), step, DOT)  # (ROWS, COLUMNS)
+    w = _at(table, 0, W, ALIGN)
+    rate = _rate(lr, LR)
+    _write(table, w, step, rate, weight_decay, scale, i, j, m, n, SIGN, NOISE, ROWS, COLUMNS, SLICE)
+
+
+# ---- on the host ------------------------------------------------------------------------------------------------
+
+
+def blocks(kernel: str, dot: str, capability: int) -> Blocks:
+    """The program shape of a kernel on an architecture: 80, 86, 89, 90, 100, 120."""
+    return BLOCKS[kernel, dot in _DOT_TYPES, capability // 10 * 10 if 90 <= capability < 110 else 80]
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+class _Table(NamedTuple):
+    """Addresses and seeds of a bucket, (7, B) on the device, and whether all addresses are multiples of 16."""
+
+    on_device: Tensor
+    align: int
+
+
+def _table(
+    out: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    exp_avgs: Sequence[Tensor] = (),
+    exp_avg_sqs: Sequence[Tensor] = (),
+    bases: Sequence[Tensor] = (),
+    steps: Sequence[Tensor] = (),
+    seeds: Sequence[int] = (),
+) -> _Table:
+    """The order of the rows is that of the arguments; a kernel reads only rows that its caller gave."""
+    columns = (out, grads, exp_avgs, exp_avg_sqs, bases, steps)
+    rows = [[tensor.data_ptr() for tensor in column] or [0] * len(out) for column in columns]
+    values = tuple(chain(*rows, seeds or [0] * len(out)))
+    device = out[0].device
+    if device.type != "cuda":
+        return _fill_table(values, device)
+    if torch.cuda.is_current_stream_capturing():  # the graph writes its own table, and must find it at every replay
+        return _fill_table(values, device)
+    return _cached_table(values, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@lru_cache(maxsize=256)
+def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) -> _Table:
+    """An unchanged bucket finds its table; the stream is a key because it orders the writing before the reading."""
+    return _fill_table(values, device)
+
+
+def _fill_table(values: tuple[int, ...], device: torch.device) -> _Table:
+    # _foreach_add_ carries the numbers in its launches: no host buffer to keep, no copy to wait for.
+    table = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(table.unbind()), list(values))
+    addresses = values[: len(values) // 7 * 5]
+    return _Table(table, 16 if all(address % 16 == 0 for address in addresses) else 1)
+
+
+def _launch(kernel, grid: tuple[int, ...], table: _Table, *args, blocks: Blocks | None = None, **constants) -> None:
+    options = {} if blocks is None else {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    with torch.cuda.device_of(table.on_device):
+        kernel[grid](table.on_device, *args, **constants, **options)
+
+
+def _fits(*columns: Sequence[Tensor], bases: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels can address these: contiguous, of one dtype a column, offsets within a tile below 2³¹."""
+    return all(
+        (tensor.is_contiguous() or column is bases)  # which _operands sees to
+        and tensor.dtype == column[0].dtype
+        and tensor.dtype in _TYPES
+        and (tensor.ndim < 2 or tensor.shape[-1] < 2**23)
+        for column in (*columns, bases)
+        for tensor in column
+    )
+
+
+def _learning_rate(lr: Tensor) -> tuple[float | Tensor, int]:
+    """As the kernels take it: by value from the host, by address from the device, where it is not waited for."""
+    return (float(lr), -1) if lr.is_cpu and lr.ndim == 0 else (lr, lr.ndim)
+
+
+def _operands(bases: list[Tensor], dot: str) -> list[Tensor]:
+    """The bases, contiguous and as tl.dot takes them: every tile reads them again, and 16 bits cost L2 half as much."""
+    dtype = _DOT_TYPES.get(dot, torch.float32)
+    if not bases or (bases[0].dtype == dtype and all(basis.is_contiguous() for basis in bases)):
+        return bases
+    rounded = list(torch.empty((len(bases), *bases[0].shape), dtype=dtype, device=bases[0].device).unbind())
+    torch._foreach_copy_(rounded, bases)
+    return rounded
+
+
+def _advanced(table: _Table, count: int, beta1: float, beta2: float) -> Tensor:
+    """Bias corrections (2, count) of the steps in the table, which advance by one."""
+    corrections = torch.empty((2, count), dtype=torch.float32, device=table.on_device.device)
+    logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    _launch(_advance, (triton.cdiv(count, 128),), table, corrections, count, *logs, BLOCK=128)
+    return corrections
+
+
+def _moment_scalars(beta1: float, beta2: float, eps: float) -> tuple[float, float, float, float]:
+    return 1 - beta1, beta2, 1 - beta2, max(eps, reference._EPS_FLOOR)
+
+
+def _noise_mode(params: Sequence[Tensor], seeds: Sequence[int]) -> int:
+    """See _noise: 0 rounds to nearest."""
+    if not seeds or params[0].dtype != torch.bfloat16:
+        return 0
+    return 8 if params[0].shape[-1:] and params[0].shape[-1] % 8 == 0 else 1
+
+
+def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+    """See the reference."""
+    if side not in ("left", "right") or dtype not in _TYPES or not _fits(grads, bases=bases):
+        return reference.project(grads, bases, side, dtype)
+    return _project_all(grads, bases, side, dtype, DOT[grads[0].dtype])
+
+
+def _project_all(
+    grads: Sequence[Tensor],
+    bases: list[Tensor],
+    side: Side | None,
+    dtype: torch.dtype,
+    dot: str,
+    moments: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
+    betas: tuple[float, float] = (0.0, 0.0),
+    eps: float = 0.0,
+    grams: bool = False,
+) -> list[Tensor]:
+    """R in `dtype`; with moments (exp_avgs, exp_avg_sqs, steps), N, and they advance."""
+    (m, n), rank = grads[0].shape, bases[0].shape[-1]
+    other = n if side == "left" else m
+    bases = _operands(bases, dot)
+    low = (rank, n) if side == "left" else (m, rank)
+    out = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
+    table = _table(out, grads, *(moments[:2] if moments else ((), ())), bases, moments[2] if moments else ())
+    corrections = _advanced(table, len(out), *betas) if moments else None
+    shape = blocks("project", dot, _capability(grads[0].device))
+    _launch(
+        _project,
+        (triton.cdiv(other, shape.rows) * triton.cdiv(rank, shape.columns), len(out)),
+        table,
+        *(corrections, m, n, rank, *_moment_scalars(*betas, eps)),
+        OUT=_TYPES[dtype],
+        G=_TYPES[grads[0].dtype],
+        Q=_TYPES[bases[0].dtype],
+        ALIGN=table.align,
+        DOT=dot,
+        LEFT=side == "left",
+        ADAM=moments is not None,
+        GRAMS=grams,
+        ROWS=shape.rows,
+        COLUMNS=shape.columns,
+        DEPTH=shape.depth,
+        SLICE=shape.slice,
+        blocks=shape,
+    )
+    return list(out)
+
+
+def adam_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+) -> list[Tensor]:
+    """See the reference."""
+    if transform == "cautious" or not _fits(lows, exp_avgs, exp_avg_sqs, steps):
+        return reference.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside)
+    out = torch.empty((len(lows), *lows[0].shape), dtype=exp_avgs[0].dtype, device=lows[0].device).unbind()
+    table = _table(out, lows, exp_avgs, exp_avg_sqs, (), steps)
+    corrections = _advanced(table, len(out), beta1, beta2)
+    _step_elements(
+        *(table, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
+        ADAM=True,
+        GRAMS=transform == "grams",
+        EPS_INSIDE=eps_inside,
+    )
+    return list(out)
+
+
+def _step_elements(
+    table: _Table,
+    out: Sequence[Tensor],
+    source: Sequence[Tensor],
+    corrections: Tensor | None,
+    lr: float | Tensor,
+    lr_mode: int,
+    moments: tuple[float, float, float, float],
+    weight_decay: float,
+    scale: float,
+    **modes: bool,
+) -> None:
+    size = out[0].numel()
+    constants: dict[str, Any] = dict.fromkeys(("ADAM", "APPLY", "SIGN", "GRAMS", "EPS_INSIDE", "NOISE"), False) | modes
+    _launch(
+        _elementwise,
+        (triton.cdiv(size, _BLOCK), len(out)),
+        table,
+        *(corrections, lr, size, *moments, weight_decay, scale),
+        OUT=_TYPES[out[0].dtype],
+        IN=_TYPES[source[0].dtype],
+        ALIGN=table.align,
+        LR=lr_mode,
+        BLOCK=_BLOCK,
+        **constants,
+    )
+
+
+def apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool = False,
+) -> None:
+    """See the reference."""
+    if side == "both" or not _fits(params, updates, steps, bases=bases):
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign)
+        return
+    dot = DOT[params[0].dtype]
+    bases = _operands(bases, dot)
+    table = _table(params, updates, (), (), bases, steps, seeds)
+    rate, mode = _learning_rate(lr)
+    noise = _noise_mode(params, seeds)
+    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
+    if side is None:
+        _step_elements(
+            *(table, params, updates, None, rate, mode, _moment_scalars(0, 0, 0), weight_decay, scale),
+            APPLY=True,
+            SIGN=sign,
+            NOISE=noise > 0,
+        )
+        return
+    (m, n), rank = params[0].shape, bases[0].shape[-1]
+    shape = blocks("apply", dot, _capability(params[0].device))
+    _launch(
+        _apply,
+        (triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns), len(params)),
+        table,
+        *(rate, m, n, rank, weight_decay, scale),
+        W=_TYPES[params[0].dtype],
+        IN=_TYPES[updates[0].dtype],
+        Q=_TYPES[bases[0].dtype],
+        ALIGN=table.align,
+        LR=mode,
+        DOT=dot,
+        LEFT=side == "left",
+        SIGN=sign,
+        NOISE=noise,
+        ROWS=shape.rows,
+        COLUMNS=shape.columns,
+        DEPTH=shape.depth,
+        SLICE=shape.slice,
+        blocks=shape,
+    )
+
+
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+    """See the reference; the step stays on the device."""
+    # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
+    minus_one = torch.tensor(-1.0, dtype=torch.float64)
+    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None)
+
+
+def projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """See the reference."""
+    if side == "both" or transform == "cautious" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
+        reference.projected_adam_(
+            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform),
+        )
+        return
+    grams = transform == "grams"
+    if side is None:
+        table = _table(params, grads, exp_avgs, exp_avg_sqs, (), steps, seeds)
+        corrections = _advanced(table, len(params), beta1, beta2)
+        rate, mode = _learning_rate(lr)
+        torch.autograd.graph.increment_version(params)
+        _step_elements(
+            *(table, params, grads, corrections, rate, mode),
+            *(_moment_scalars(beta1, beta2, eps), weight_decay, scale),
+            ADAM=True,
+            APPLY=True,
+            GRAMS=grams,
+            NOISE=_noise_mode(params, seeds) > 0,
+        )
+        return
+    dot = DOT[grads[0].dtype]
+    low_type = _DOT_TYPES.get(dot, torch.float32)
+    fused = bases[0].shape[-1] <= FUSED_RANK[dot] and params[0].shape[-1] % FUSED_MULTIPLE == 0
+    workspace = (0 if fused else exp_avgs[0].numel()) + (bases[0].numel() if dot in _DOT_TYPES else 0)
+    part = max(1, _WORKSPACE // max(1, workspace * low_type.itemsize))
+    for at in (slice(start, start + part) for start in range(0, len(params), part)):
+        rounded = _operands(bases[at], dot)
+        if fused:
+            _fused_adam_(
+                *(params[at], grads[at], exp_avgs[at], exp_avg_sqs[at], rounded, steps[at], seeds[at], lr),
+                *((beta1, beta2), eps, weight_decay, scale, side, grams),
+            )
+            continue
+        updates = _project_all(
+            *(grads[at], rounded, side, low_type, dot),
+            *((exp_avgs[at], exp_avg_sqs[at], steps[at]), (beta1, beta2), eps, grams),
+        )
+        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side)
+
+
+def _fused_adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    bases: list[Tensor],
+    steps: Sequence[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    grams: bool,
+) -> None:
+    dot = DOT[grads[0].dtype]
+    (m, n), rank = params[0].shape, bases[0].shape[-1]
+    table = _table(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
+    corrections = _advanced(table, len(params), *betas)
+    rate, mode = _learning_rate(lr)
+    shape = blocks("fused", dot, _capability(params[0].device))
+    torch.autograd.graph.increment_version(params)
+    _launch(
+        _fused,
+        (triton.cdiv(n if side == "left" else m, shape.rows), len(params)),
+        table,
+        *(corrections, rate, m, n, rank, *_moment_scalars(*betas, eps), weight_decay, scale),
+        W=_TYPES[params[0].dtype],
+        G=_TYPES[grads[0].dtype],
+        Q=_TYPES[bases[0].dtype],
+        ALIGN=table.align,
+        LR=mode,
+        DOT=dot,
+        LEFT=side == "left",
+        GRAMS=grams,
+        NOISE=_noise_mode(params, seeds),
+        ROWS=shape.rows,
+        DEPTH=shape.depth,
+        SLICE=shape.slice,
+        RANK=max(16, triton.next_power_of_2(rank)),
+        blocks=shape,
+    )

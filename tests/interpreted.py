@@ -1,0 +1,342 @@
+"""The Triton kernels beside the reference, under Triton's interpreter: run by test_triton.py in its own process.
+
+Uninitialised memory is NaN here, and every tensor that a kernel may write lies between canaries.
+"""
+
+from functools import partial
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from training import ALL_METHODS, assert_same, build, net, train
+
+from subspace_optim.kernels import reference, select
+from subspace_optim.kernels import triton as kernels
+
+ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "scale": 0.5}
+CANARY, PAD = 777.0, 3  # an odd distance, so that addresses are not aligned either
+HOST_LR = torch.tensor(0.7, dtype=torch.float64)
+BITS16 = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """float32 products for every dtype; the interpreter's float32 dot is exact float32."""
+    monkeypatch.setattr(kernels, "DOT", dict.fromkeys(kernels.DOT, "tf32x3"))
+
+
+@pytest.fixture
+def fuse(monkeypatch):
+    """Choose the path of projected_adam_: `_fused` (for odd rows too) up to this rank."""
+
+    def choose(rank):
+        monkeypatch.setattr(kernels, "FUSED_RANK", dict.fromkeys(kernels.FUSED_RANK, rank))
+        monkeypatch.setattr(kernels, "FUSED_MULTIPLE", 1)
+
+    return choose
+
+
+@pytest.fixture(params=["fused", "two kernels"])
+def path(request, fuse):
+    fuse(256 if request.param == "fused" else 0)
+
+
+def guarded(tensor):
+    """A copy of it that lies between canaries, and those."""
+    buffer = torch.full((tensor.numel() + 2 * PAD,), CANARY, dtype=tensor.dtype)
+    inner = buffer[PAD:-PAD].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner, (buffer[:PAD], buffer[-PAD:])
+
+
+def bucket(shape, rank, side, dtype, count=2):
+    """params, grads, exp_avgs, exp_avg_sqs, bases, steps; W is small beside an update, so that errors show."""
+    m, n = shape if side else (0, 0)
+    low = {None: shape, "right": (m, rank), "left": (rank, n), "both": (rank, rank)}[side]
+    sizes = {"left": (m,), "right": (n,), "both": (m, n), None: ()}[side]
+    return (
+        [torch.randn(shape).mul(0.01).to(dtype) for _ in range(count)],
+        [torch.randn(shape).to(dtype) for _ in range(count)],
+        [torch.randn(low) * 0.1 for _ in range(count)],
+        [torch.rand(low) for _ in range(count)],
+        [torch.linalg.qr(torch.randn(d, rank))[0].contiguous() for d in sizes for _ in range(count)],
+        [torch.tensor(float(i)) for i in range(count)],
+    )
+
+
+def twice(lists):
+    """Two copies of lists of tensors; the first between canaries, whose check is the third result."""
+    pairs = [[guarded(t) for t in column] for column in lists]
+    canaries = [c for column in pairs for _, around in column for c in around]
+    mine = [[t for t, _ in column] for column in pairs]
+    return mine, [[t.clone() for t in column] for column in lists], lambda: all((c == CANARY).all() for c in canaries)
+
+
+def error(a, b):
+    """Largest relative Frobenius error over two lists; NaN is never close."""
+    pairs = zip(a, b, strict=True)
+    errors = [(torch.dist(x.double(), y.double()) / y.double().norm().clamp(min=1e-30)).item() for x, y in pairs]
+    return torch.tensor([0.0, *errors]).max().item()  # which keeps a NaN
+
+
+def step_both(lists, side, transform="none", seeds=(), lr=HOST_LR):
+    mine, theirs, unharmed = twice(lists)
+    arguments = (seeds, lr, *ADAM.values(), side, transform)
+    kernels.projected_adam_(*mine, *arguments)
+    reference.projected_adam_(*theirs, *arguments)
+    assert unharmed()
+    return mine, theirs
+
+
+SHAPES = [
+    ((33, 17), 5, "right"),
+    ((17, 33), 5, "left"),
+    ((2, 9), 1, "left"),
+    ((5, 2), 1, "right"),
+    ((40, 24), 8, "left"),
+    ((100, 40), 20, "right"),
+    ((40, 100), 20, "left"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_projected_adam_float32(shape, path):
+    mine, theirs = step_both(bucket(*shape, torch.float32), shape[-1], "grams" if shape[1] == 5 else "none")
+    for a, b in zip(mine, theirs):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", BITS16, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:5:2], ids=str)
+def test_projected_adam_half_precision(shape, dtype, path):
+    """With 16-bit operands: the moments to 0.5 %, W (rounded itself) to 1 %."""
+    mine, theirs = step_both(bucket(*shape, dtype), shape[-1])
+    for (a, b), bound in zip(zip(mine, theirs), (1e-2, 0, 5e-3, 5e-3, 0, 0)):
+        assert error(a, b) <= bound
+
+
+@pytest.mark.parametrize("dtype", BITS16, ids=str)
+def test_projected_adam_half_precision_with_exact_products(dtype, path, exact):
+    mine, theirs = step_both(bucket((40, 24), 8, "right", dtype), "right")
+    for (a, b), bound in zip(zip(mine, theirs), (1e-3, 0, 1e-6, 1e-6, 0, 0)):  # W: a tie may round the other way
+        assert error(a, b) <= bound
+
+
+def test_rank_beyond_one_tile(fuse):
+    fuse(64)
+    for side in ("right", "left"):
+        mine, theirs = step_both(bucket((150, 140), 70, side, torch.float32, count=1), side)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 1e-6
+
+
+def test_workspace_is_bounded(fuse, monkeypatch):
+    """A bucket whose updates do not fit is stepped in parts, and no tensor twice."""
+    fuse(0)
+    monkeypatch.setattr(kernels, "_WORKSPACE", 2 * 33 * 5 * 4)
+    mine, theirs = step_both(bucket((33, 17), 5, "right", torch.float32, count=5), "right", seeds=range(5))
+    for a, b in zip(mine, theirs):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("transform", ["none", "grams"])
+@pytest.mark.parametrize("dtype", kernels.DOT, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (33, 17), (2, 700), (3, 2, 5)], ids=str)
+def test_dense(shape, dtype, transform):
+    mine, theirs = step_both(bucket(shape, None, None, dtype, count=3), None, transform)
+    for (a, b), bound in zip(zip(mine, theirs), (1e-6 if dtype == torch.float32 else 2e-3, 0, 1e-6, 1e-6, 0, 0)):
+        assert error(a, b) <= bound
+
+
+def test_first_steps_and_zero_gradients():
+    """The usual betas at k = 1, where 1 - β₂ᵏ has few digits in float32; a zero gradient moves nothing."""
+    params, grads, *state, steps = bucket((6, 4), None, None, torch.float32)
+    state = [[torch.zeros_like(t) for t in column] for column in state[:2]] + [[]]
+    grads[1].zero_()
+    mine, theirs, _ = twice((params, grads, *state, [torch.zeros(()) for _ in steps]))
+    arguments = ((), HOST_LR, 0.9, 0.999, 1e-8, 0.0, 1.0, None, "none")
+    for _ in range(3):
+        kernels.projected_adam_(*mine, *arguments)
+        reference.projected_adam_(*theirs, *arguments)
+    assert error(mine[0], theirs[0]) < 1e-6
+    assert torch.equal(mine[0][1], params[1])
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.25], dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("shape", [((33, 17), 5, "right"), ((17, 33), 5, "left"), ((7,), None, None)], ids=str)
+def test_apply_with_a_rate_for_each_tensor_and_signs(shape, lr):
+    side = shape[-1]
+    params, _, updates, _, bases, steps = bucket(*shape, torch.float32)
+    for sign in (False, True):
+        mine, theirs, unharmed = twice((params, updates, bases, steps))
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            kernel.apply_(*lists, (), lr, 0.1, 0.5, side, sign)
+        assert error(mine[0], theirs[0]) < 1e-6
+        assert unharmed()
+
+
+@pytest.mark.parametrize("eps_inside", [False, True])
+@pytest.mark.parametrize("transform", ["none", "grams"])
+def test_adam_update(transform, eps_inside):
+    _, lows, means, squares, _, steps = bucket((33, 17), None, None, torch.float32)
+    mine, theirs, unharmed = twice((lows, means, squares, steps))
+    out, expected = (
+        kernel.adam_update_(*lists, 0.8, 0.95, 1e-3, transform, eps_inside)
+        for kernel, lists in ((kernels, mine), (reference, theirs))
+    )
+    for a, b in zip((out, *mine), (expected, *theirs)):
+        assert error(a, b) < 1e-6
+    assert unharmed()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_project(shape):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        _, grads, _, _, bases, _ = bucket(*shape, dtype)
+        lows = kernels.project(grads, bases, shape[-1], torch.float32)
+        assert error(lows, reference.project(grads, bases, shape[-1], torch.float32)) < bound
+
+
+# ---- stochastic rounding: the same bits as the reference, where the value before rounding is the same ---------------
+
+SEEDS = (2**62 + 12345, 7)
+
+
+def rounded_both(params, updates, bases, steps, side):
+    mine, theirs, unharmed = twice((params, updates, bases, steps))
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        kernel.apply_(*lists, SEEDS, torch.tensor(1.0), 0.0, 1.0, side)
+    assert unharmed()
+    return mine[0], theirs[0]
+
+
+@pytest.mark.parametrize("shape", [(1,), (13,), (3000,), (33, 17), (4, 64)], ids=str)
+def test_rounding_bits_dense(shape):
+    params = [torch.randn(shape).bfloat16() for _ in SEEDS]
+    updates = [torch.randn(shape) for _ in SEEDS]
+    mine, theirs = rounded_both(params, updates, [], [torch.tensor(3.0), torch.tensor(70000.0)], None)
+    for a, b, before in zip(mine, theirs, params):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, before)
+
+
+@pytest.mark.parametrize("shape", [((33, 17), 5), ((40, 24), 16), ((9, 11), 4), ((100, 136), 3)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rounding_bits_projected(shape, side, exact):
+    """The bases are columns of the identity, so that back(N) is N's own numbers and zeros."""
+    shape, rank = shape
+    m, n = shape
+    d, low = (m, (rank, n)) if side == "left" else (n, (m, rank))
+    params = [torch.randn(shape).bfloat16() for _ in SEEDS]
+    updates = [torch.randn(low) for _ in SEEDS]
+    bases = [torch.eye(d)[:, torch.randperm(d)[:rank]].contiguous() for _ in SEEDS]
+    mine, theirs = rounded_both(params, updates, bases, [torch.tensor(3.0), torch.tensor(70000.0)], side)
+    for a, b in zip(mine, theirs):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [((33, 17), 5), ((80, 40), 16), ((9, 11), 4)], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
+    """Whole numbers in G and columns of the identity as bases make all sums exact, whatever their order."""
+    shape, rank = shape
+    m, n = shape
+    d = m if side == "left" else n
+    lists = list(bucket(shape, rank, side, torch.bfloat16))
+    lists[1] = [torch.randint(-9, 10, shape).bfloat16() for _ in SEEDS]
+    lists[4] = [torch.eye(d)[:, :rank].contiguous() for _ in SEEDS]
+    results = []
+    for largest in (256, 0):
+        fuse(largest)
+        mine, _, unharmed = twice(lists)
+        kernels.projected_adam_(*mine, SEEDS, HOST_LR, *ADAM.values(), side, "none")
+        assert unharmed()
+        results.append(mine[0])
+    for fused, two in zip(*results):
+        assert torch.equal(fused, two)
+
+
+@pytest.mark.parametrize("dtype", kernels.DOT, ids=str)
+@pytest.mark.parametrize("seed", [None, 2**40 + 1])
+def test_write(dtype, seed):
+    value, step = torch.randn(33, 17), torch.tensor(5.0)
+    mine, theirs = (torch.full((33, 17), 3.0, dtype=dtype) for _ in range(2))
+    kernels.write_(mine, value, step, seed)
+    reference.write_(theirs, value.clone(), step, seed)
+    assert torch.equal(mine, theirs)
+
+
+# ---- what the kernels leave to the reference, and whole optimizers ---------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "transform"), [("both", "none"), ("right", "cautious"), (None, "cautious")])
+def test_left_to_the_reference(side, transform):
+    mine, theirs = step_both(bucket((12, 9), 3, side, torch.float32), side, transform)
+    for a, b in zip(mine, theirs):
+        for x, y in zip(a, b):
+            assert torch.equal(x, y)
+
+
+def test_strided_tensors_are_left_to_the_reference():
+    mine, theirs, _ = twice(bucket((12, 9), 3, "right", torch.float32))
+    mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        kernel.projected_adam_(*lists, (), HOST_LR, *ADAM.values(), "right", "none")
+    assert error(mine[0], theirs[0]) < 1e-6
+
+
+def test_a_stale_graph_is_refused():
+    lists = bucket((12, 9), 3, "right", torch.float32)
+    weight = lists[0][0].requires_grad_()
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        kernels.projected_adam_(*lists, (), HOST_LR, *ADAM.values(), "right", "none")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def refuse_projected(allowed, *arguments):
+    """In place of a function of the reference: the kernels should have done it themselves."""
+    if allowed is None or arguments[2] is not None:
+        raise AssertionError("left to the reference")
+    return allowed(*arguments)
+
+
+WHOLE = ("galore", "galore_grams", "galore_lion", "galore_adafactor", "flora", "osd", "gradnormlorp", "adamw_grams")
+
+
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in WHOLE], ids=str)
+def test_three_steps_of_an_optimizer(method, monkeypatch):
+    mine, theirs = net(), net()
+    opt, other = build(method, mine), build(method, theirs, backend="reference")
+    train(theirs, other, range(3))
+    monkeypatch.setattr(select, "resolve", lambda backend, plan: kernels)
+    for name in (
+        "project",
+        "adam_update_",
+        "apply_",
+        "projected_adam_",
+    ):  # of a dense gradient, project is the reference's
+        allowed = getattr(reference, name) if name == "project" else None
+        monkeypatch.setattr(reference, name, partial(refuse_projected, allowed))
+    train(mine, opt, range(3))
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_run_is_the_same_twice():
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        lists = bucket((33, 17), 5, "right", torch.bfloat16)
+        kernels.projected_adam_(*lists, SEEDS, HOST_LR, *ADAM.values(), "right", "none")
+        ends.append({str(i): p for i, p in enumerate(lists[0])})
+    assert_same(*ends)

@@ -1,0 +1,88 @@
+"""Every Triton kernel compiled ahead of time, for six GPU generations, with no GPU: no spills, and it fits.
+
+A kernel that spills or asks for more shared memory than the chip has is slow or does not start, and nothing else here
+would notice: the interpreter knows neither.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled here")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: there is nothing to compile"
+)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from subspace_optim.kernels import triton as kernels  # noqa: E402
+
+# Bytes of shared memory that a block may opt in to (NVIDIA's tables).
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+INTEGERS = ("size", "m", "n", "rank", "count")
+TYPES = {"table": "*i64", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
+OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
+WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes
+SAME_CODE = (86, 89)  # as for 80, but for the limits: the mirrored sides are not compiled again
+
+
+def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **constants):
+    """Registers, stack bytes, bytes of shared memory and PTX of a kernel; `aligned`: n is a multiple of 16."""
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    multiples = {"table", "corrections", "size", "m", "n", "rank"} - (set() if aligned else {"n"})
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else TYPES.get(name, "fp32") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in multiples if name in names},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout).groups()
+    )
+    return registers, stack + local, binary.metadata.shared, binary.asm["ptx"]
+
+
+def variants(capability):
+    """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
+    yield "advance", kernels._advance, {"BLOCK": 128}
+    types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
+    yield "elementwise", kernels._elementwise, types | {"NOISE": True, "BLOCK": kernels._BLOCK}
+    for dot, dtype in OPERANDS.items():
+        types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
+        for name in ("fused", "project", "apply"):
+            shape = kernels.blocks(name, dot, capability)
+            tile = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "SLICE": shape.slice}
+            tile |= {"RANK": kernels.FUSED_RANK[dot], "warps": shape.warps, "stages": shape.stages}
+            kernel = getattr(kernels, f"_{name}")
+            yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
+            if capability not in SAME_CODE:
+                yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
+                if name != "fused" and dot == "bf16":  # as of a 2048 × 5461 matrix
+                    yield f"{name} {dot} left odd", kernel, types | tile | {"LEFT": True, "NOISE": 1, "aligned": False}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_kernels_fit(capability, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    for name, kernel, arguments in variants(capability):
+        registers, spilled, shared, ptx = compiled(kernel, capability, tmp_path, **COMMON | arguments)
+        what = f"{name} on sm_{capability} ({registers} registers)"
+        assert registers <= REGISTERS, what
+        assert spilled == 0, f"{what} spills {spilled} bytes"
+        assert shared <= SHARED[capability], f"{what} needs {shared} of {SHARED[capability]} bytes of shared memory"
+        assert name == "advance" or "odd" in name or WIDE_ACCESS.search(ptx), f"{what} makes no 16-byte access"
