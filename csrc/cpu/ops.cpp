@@ -121,6 +121,11 @@ struct AdamOptions {
   bool eps_inside;
 };
 
+Transform transform_of(int64_t index) {
+  STD_TORCH_CHECK(index >= 0 && index <= 2, "transform must be 0 to 2");
+  return static_cast<Transform>(index);
+}
+
 constexpr double kEpsFloor = 1e-19;  // as in reference.py
 
 // N = M/(1-β₁ᵏ) / (√(V/(1-β₂ᵏ)) + ε), its constants gathered.
@@ -165,7 +170,7 @@ void over_chunks(int64_t count, const F& f) {
 // N goes to `update`, or nowhere. Returns how many elements cautious kept.
 template <class A>
 int64_t adam(Transform transform, const Adam<A>& h, const Tensor& r, const Tensor& m, const Tensor& v, A* update) {
-  STD_TORCH_CHECK(m.numel() == r.numel() && v.numel() == r.numel(), "moments must have the shape of the update");
+  STD_TORCH_CHECK(m.numel() == r.numel() && v.numel() == r.numel(), "moments must have the shape of the gradient");
   std::atomic<int64_t> kept = 0;
   const Source low = source(r);
   A *first = m.mutable_data_ptr<A>(), *second = v.mutable_data_ptr<A>();
@@ -306,29 +311,30 @@ Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype)
   return lows;
 }
 
-Tensors adam_update_op(Tensors lows, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, double beta1, double beta2,
-                       double eps, int64_t transform, bool eps_inside) {
-  check(exp_avgs.size() == lows.size() && exp_avg_sqs.size() == lows.size() && steps.size() == lows.size());
-  const AdamOptions options{beta1, beta2, eps, static_cast<Transform>(transform), eps_inside};
-  Tensors updates;
+void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, double beta1,
+                    double beta2, double eps, int64_t transform, bool eps_inside) {
+  check(updates.size() == lows.size() && exp_avgs.size() == lows.size());
+  check(exp_avg_sqs.size() == lows.size() && steps.size() == lows.size());
+  const AdamOptions options{beta1, beta2, eps, transform_of(transform), eps_inside};
   for (size_t i = 0; i < lows.size(); ++i) {
     with_type_of(exp_avgs[i], [&](auto zero) {
       using A = decltype(zero);
       const auto h = adam_at<A>(options, increment(steps[i]));
-      Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
-      updates.push_back(torch::stable::new_empty(m.memory, m.memory.sizes()));
-      A* n = updates[i].template mutable_data_ptr<A>();
+      Written update(updates[i]), m(exp_avgs[i]), v(exp_avg_sqs[i]);
+      A* n = update.memory.template mutable_data_ptr<A>();
+      const int64_t count = update.memory.numel();
+      STD_TORCH_CHECK(count == lows[i].numel(), "an update must have the shape of its gradient");
       const int64_t kept = adam<A>(options.transform, h, readable<A>(lows[i]), m.memory, v.memory, n);
-      if (const double scale = cautious_scale(options, kept, lows[i].numel()); scale != 1) {
-        over_chunks(lows[i].numel(), [&](int64_t begin, int64_t end) {
+      if (const double scale = cautious_scale(options, kept, count); scale != 1) {
+        over_chunks(count, [&](int64_t begin, int64_t end) {
           for (int64_t j = begin; j < end; ++j) n[j] *= static_cast<A>(scale);
         });
       }
+      update.finish();
       m.finish();
       v.finish();
     });
   }
-  return updates;
 }
 
 void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
@@ -356,7 +362,7 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
   check(seeds.empty() || seeds.size() == count);
   const auto spaces = subspaces(bases, side, count);
   const auto rate = rates(lr, count);
-  const AdamOptions options{beta1, beta2, eps, static_cast<Transform>(transform), false};
+  const AdamOptions options{beta1, beta2, eps, transform_of(transform), false};
   Scratch lows, blocks;
   for (size_t i = 0; i < count; ++i) {
     with_type_of(exp_avgs[i], [&](auto zero) {
