@@ -19,8 +19,8 @@ part() { # name, seconds, command...
 
 $python -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)' || exit 1
 
-# -o addopts= and -W: this machine may have another pytest, and its warnings are not what is tested here.
-pytest=($python -m pytest -q -o addopts= -p no:cacheprovider -W default)
+# Neither xdist, hypothesis (conftest.py) nor our versions need to be on this machine.
+pytest=("$python" -m pytest -q --noconftest -o addopts= -p no:cacheprovider -W default)
 if $python -c 'import pytest' 2>/dev/null; then
   part tests 240 "${pytest[@]}" tests/test_gpu.py
 else
