@@ -30,7 +30,7 @@ fi
 if command -v compute-sanitizer >/dev/null; then
   # Without torch's own caching of memory, so that a byte beyond a tensor is a byte beyond an allocation.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "${pytest[@]}" tests/test_gpu.py -k 'rounds or (projected_adam and shape and 33)'
+    "${pytest[@]}" tests/test_gpu.py -k 'triton and (rounds or (projected_adam and 33))'
 else
   echo "== memcheck: compute-sanitizer is not installed here"; failed=1
 fi

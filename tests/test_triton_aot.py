@@ -72,7 +72,7 @@ def variants(capability):
             yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
             if capability not in SAME_CODE:
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
-                if name != "fused" and dot == "bf16":  # as of a 2048 × 5461 matrix
+                if name != "fused" and dot == "bf16" and capability <= 90:  # as of a 2048 × 5461 matrix
                     yield f"{name} {dot} left odd", kernel, types | tile | {"LEFT": True, "NOISE": 1, "aligned": False}
 
 
