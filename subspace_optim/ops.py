@@ -54,11 +54,17 @@ _define(
     _fake_project,
 )
 
+
+def _adam_update_(updates: list[Tensor], *arguments: Any) -> None:
+    torch._foreach_copy_(updates, _decoded(reference.adam_update_, transform=TRANSFORMS)(*arguments))
+
+
+# The updates are an argument: an op that writes into lists and returns one as well cannot be compiled.
 _define(
-    "adam_update_(Tensor[] lows, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] steps, float beta1, "
-    "float beta2, float eps, int transform, bool eps_inside) -> Tensor[]",
-    _decoded(reference.adam_update_, transform=TRANSFORMS),
-    lambda lows, exp_avgs, *_: [m.new_empty(m.shape) for m in exp_avgs],
+    "adam_update_(Tensor(a!)[] updates, Tensor[] lows, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, float beta1, float beta2, float eps, int transform, bool eps_inside) -> ()",
+    _adam_update_,
+    lambda *_: None,
 )
 
 _define(

@@ -53,9 +53,11 @@ def adam_update_(
     eps_inside: bool = False,
 ) -> list[Tensor]:
     """R, M and V are read once, M, V and N written once."""
-    return _ops.adam_update_(
-        lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside
+    updates = [torch.empty_like(m) for m in exp_avgs]
+    _ops.adam_update_(
+        *(updates, lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside)
     )
+    return updates
 
 
 def apply_(

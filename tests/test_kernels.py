@@ -1,0 +1,408 @@
+"""The native kernels against the reference, against float64, and against themselves on every instruction set.
+
+Run as a script it prints a digest of what the kernels computed, for comparison between processes.
+"""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from cases import METHODS
+
+import subspace_optim as so
+from subspace_optim import _ext, ops, philox
+from subspace_optim.kernels import native, reference
+from subspace_optim.types import TRANSFORMS
+
+pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels: {_ext.load()}")
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DENSE = ((), (1,), (0,), (7,), (1025,), (3, 5, 7), (129, 257))
+MATRICES = (((1, 2), 1), ((37, 53), 3), ((53, 37), 5), ((300, 700), 9))  # the last in several blocks and chunks
+SIDES = ("left", "right", "both")
+CASES = [(shape, 0, None) for shape in DENSE] + [(shape, rank, side) for shape, rank in MATRICES for side in SIDES]
+
+
+@dataclass
+class Lists:
+    """Arguments of projected_adam_, of two tensors that are some steps into a run."""
+
+    params: list
+    grads: list
+    exp_avgs: list
+    exp_avg_sqs: list
+    bases: list
+    steps: list
+    seeds: list = field(default_factory=lambda: [2**62 + 1, 7])
+    lr: torch.Tensor = field(default_factory=lambda: torch.tensor(1e-2, dtype=torch.float64))
+    side: str | None = None
+
+    SLOTS = ("params", "exp_avgs", "exp_avg_sqs", "steps")
+
+    @classmethod
+    def random(cls, shape, rank, side, dtype, grad_dtype=None, count=2):
+        rng = torch.Generator().manual_seed(math.prod(shape) + rank)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def normal(shape, dtype=wide):
+            return [torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for _ in range(count)]
+
+        low, bases = shape, []
+        if side:
+            m, n = shape
+            left, right = normal((m, rank)), normal((n, rank))
+            bases = {"left": left, "right": right, "both": left + right}[side]
+            low = {"left": (rank, n), "right": (m, rank), "both": (rank, rank)}[side]
+        squares = [v.square() for v in normal(low)]
+        steps = [torch.tensor(5.0 + i, dtype=wide) for i in range(count)]
+        seeds = [2**62 + 1 + i for i in range(count)]
+        return cls(
+            normal(shape, dtype),
+            normal(shape, grad_dtype or dtype),
+            normal(low),
+            squares,
+            bases,
+            steps,
+            seeds,
+            side=side,
+        )
+
+    def stepped(self, kernel, transform="none", eps=1e-8):
+        """The lists after one step; this one stays as it is."""
+        own = {name: [t.clone(memory_format=torch.preserve_format) for t in getattr(self, name)] for name in self.SLOTS}
+        kernel.projected_adam_(
+            *(own["params"], self.grads, own["exp_avgs"], own["exp_avg_sqs"], self.bases, own["steps"], self.seeds),
+            *(self.lr, 0.9, 0.99, eps, 0.1, 0.5, self.side, transform),
+        )
+        return own
+
+    def in_float64(self):
+        def wide(tensors):
+            return [t.double() for t in tensors]
+
+        own = [wide(getattr(self, name)) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "bases", "steps")]
+        return Lists(*own, self.seeds, self.lr, self.side)
+
+
+def distance(a, b):
+    """Relative, in the Frobenius norm; the largest of the list."""
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b) if x.numel()]
+    return max((float((x - y).norm() / y.norm().clamp(min=1e-300)) for x, y in pairs), default=0.0)
+
+
+def assert_same_step(lists, transform="none"):
+    dtype = lists.params[0].dtype
+    got, want = lists.stepped(native, transform), lists.stepped(reference, transform)
+    assert got["steps"] == want["steps"]
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    for slot in ("exp_avgs", "exp_avg_sqs"):
+        assert distance(got[slot], want[slot]) < rounding
+    if dtype in (torch.float32, torch.float64):
+        assert distance(got["params"], want["params"]) < rounding
+        return
+    # The same noise: only where the float32 values differ in their last bit may the rounded ones.
+    for a, b in zip(got["params"], want["params"]):
+        assert (a != b).sum() <= 1 + 1e-4 * a.numel()
+        torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-7)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rank", "side"), CASES, ids=str)
+def test_step_is_the_reference(shape, rank, side, dtype, transform):
+    assert_same_step(Lists.random(shape, rank, side, dtype), transform)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("shape", "rank", "side"), CASES, ids=str)
+def test_step_in_float64(shape, rank, side, transform):
+    lists = Lists.random(shape, rank, side, torch.float32)
+    got, exact = lists.stepped(native, transform), lists.in_float64().stepped(reference, transform)
+    assert distance(got["params"], exact["params"]) < 1e-6
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_gradients_of_another_type(dtype, grad_dtype, side):
+    assert_same_step(Lists.random((37, 53), 3, side, dtype, grad_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [None, *SIDES])
+@pytest.mark.parametrize("name", ["params", "grads", "exp_avgs", "bases"])
+def test_strides(name, side, dtype):
+    lists = Lists.random((37, 53), 3, side, dtype)
+    strided = [t.mT.contiguous().mT for t in getattr(lists, name)]
+    assert_same_step(Lists(**{**vars(lists), name: strided}))
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_rounding_to_nearest(side):
+    lists = Lists.random((37, 53), 3, side, torch.bfloat16)
+    lists.seeds = []
+    assert_same_step(lists)
+
+
+def test_rates_of_each_tensor():
+    lists = Lists.random((37, 53), 3, "left", torch.float32)
+    got, want = ([p.clone() for p in lists.params] for _ in range(2))
+    rates = torch.tensor([1e-2, 3e-1])
+    for kernel, params in ((native, got), (reference, want)):
+        kernel.apply_(params, lists.exp_avgs, lists.bases, lists.steps, [], rates, 0.1, 0.5, "left")
+    assert distance(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [None, *SIDES])
+def test_signs(side, dtype):
+    lists = Lists.random((37, 53), 3, side, dtype)
+    got, want = ([p.clone() for p in lists.params] for _ in range(2))
+    for kernel, params in ((native, got), (reference, want)):
+        kernel.apply_(params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side, True)
+    assert sum(int((a != b).sum()) for a, b in zip(got, want)) <= (2 if dtype == torch.bfloat16 else 10**9)
+    torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps_inside", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_update(transform, eps_inside):
+    lists = Lists.random((129, 257), 0, None, torch.float32)
+    results = []
+    for kernel in (native, reference):
+        state = [[t.clone() for t in getattr(lists, name)] for name in ("exp_avgs", "exp_avg_sqs", "steps")]
+        updates = kernel.adam_update_(lists.grads, *state, 0.9, 0.99, 1e-2, transform, eps_inside)
+        results.append([*updates, *state[0], *state[1]])
+    assert distance(*results) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_projection(side, dtype):
+    lists = Lists.random((300, 700), 9, side, dtype)
+    wide = lists.bases[0].dtype
+    got, want = (k.project(lists.grads, lists.bases, side, wide) for k in (native, reference))
+    assert distance(got, want) < (1e-14 if wide == torch.float64 else 1e-6)
+
+
+# ---- what is not a number, or hardly one ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 7, 1024, 70_001])
+def test_grad_max(count, dtype):
+    rng = torch.Generator().manual_seed(count)
+    grads = [torch.randn(count, generator=rng).to(dtype) for _ in range(5)]
+    for grad, value in zip(grads[1:], (math.inf, -math.inf, math.nan, 0.0)):
+        grad[count // 2] = value
+    grads.append(torch.full((count,), -math.nan, dtype=dtype))
+    grads.append(torch.full((3, count), 5.0, dtype=dtype).T)
+    torch.testing.assert_close(native.grad_max(grads), reference.grad_max(grads), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-30, 1e-20, 1e12])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_gradients_of_extreme_size(scale, eps):
+    lists = Lists.random((129, 257), 0, None, torch.float32)
+    for name in ("grads", "exp_avgs", "exp_avg_sqs"):
+        power = 2 if name == "exp_avg_sqs" else 1
+        setattr(lists, name, [(t.double() * float(scale) ** power).float() for t in getattr(lists, name)])
+    got, want = (lists.stepped(kernel, eps=eps)["params"] for kernel in (native, reference))
+    assert all(p.isfinite().all() for p in got)
+    assert distance(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_what_one_tensor_leaves_in_scratch_does_not_reach_the_next(side, dtype):
+    lists = Lists.random((300, 700), 9, side, dtype)
+    alone = lists.stepped(native)["params"][1]
+    lists.grads[0].fill_(math.nan)
+    assert torch.equal(lists.stepped(native)["params"][1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_read_and_rounded_as_torch_does(dtype):
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = halves[halves.isfinite()]
+    wide = finite.float()
+    # Between neighbours, on ties, and one bit to either side of them.
+    near = [wide * (1 + 2.0**-k) for k in (8, 9, 11, 12)]
+    near += [torch.nextafter(x, torch.tensor(side)) for x in near for side in (-math.inf, math.inf)]
+    between = torch.cat([wide, *near])
+    between = torch.cat([between, torch.tensor([math.inf, -math.inf, 65519.99, 65520.0, 1e-8, 3e38, math.nan])])
+    param = torch.full_like(between, -0.0, dtype=dtype)  # the one that adds nothing to zeros of either sign
+    native.apply_([param], [between], [], [torch.tensor(1.0)], [], torch.tensor(-1.0), 0.0, 1.0, None)
+    assert torch.equal(param[:-1].view(torch.int16), between[:-1].to(dtype).view(torch.int16))
+    assert param[-1].isnan()
+
+
+def test_stochastic_rounding_has_the_bits_of_philox():
+    for count in (1, 7, 8, 9, 1023, 1024, 1025, 5000):
+        value = torch.randn(count, generator=torch.Generator().manual_seed(count))
+        got, want = torch.zeros(count, dtype=torch.bfloat16), torch.zeros(count, dtype=torch.bfloat16)
+        for seed, step in ((0, 0), (2**63 - 1, 1), (12345678901234567, 2**24)):
+            got.zero_()
+            native.apply_([got], [value], [], [torch.tensor(float(step))], [seed], torch.tensor(-1.0), 0.0, 1.0, None)
+            philox.stochastic_round_(want, value.clone(), seed, step)
+            assert torch.equal(got, want)
+
+
+# ---- threads and instruction sets -----------------------------------------------------------------------------------
+
+
+def digest():
+    """Of everything that does not pass through BLAS."""
+    found = hashlib.sha256()
+    for dtype in DTYPES:
+        for shape in ((7,), (1025,), (129, 257), (100_003,)):
+            for transform in TRANSFORMS:
+                stepped = Lists.random(shape, 0, None, dtype, count=1).stepped(native, transform)
+                for name in ("params", "exp_avgs", "exp_avg_sqs"):
+                    found.update(stepped[name][0].view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def in_process(**env):
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def here():
+    return in_process(OMP_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_instruction_sets_give_the_same_bits(isa, here):
+    reason = subprocess.run(
+        [sys.executable, "-c", "from subspace_optim import _ext; print(_ext.load())"],
+        env={**os.environ, "SSO_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if reason != "None":
+        pytest.skip(reason)
+    assert in_process(OMP_NUM_THREADS="1", SSO_ISA=isa) == [isa, here[1]]
+
+
+def test_threads_give_the_same_bits(here):
+    assert in_process(OMP_NUM_THREADS="2") == here
+
+
+# ---- as ops ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(name, lists, transform="none"):
+    side, kind = ops.SIDES.index(lists.side), TRANSFORMS.index(transform)
+    wide = lists.exp_avgs[0].dtype
+    return {
+        "grad_max": (lists.grads,),
+        "project": (lists.grads, lists.bases, side, wide),
+        "adam_update_": (
+            *([m.clone() for m in lists.exp_avgs], [m.clone() for m in lists.exp_avgs], lists.exp_avgs),
+            *(lists.exp_avg_sqs, lists.steps, 0.9, 0.99, 1e-8, kind, False),
+        ),
+        "apply_": (
+            lists.params,
+            lists.exp_avgs,
+            lists.bases,
+            lists.steps,
+            lists.seeds,
+            lists.lr,
+            0.1,
+            0.5,
+            side,
+            False,
+        ),
+        "projected_adam_": (
+            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
+            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        (name, side)
+        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_")
+        for side in (None, *SIDES)
+        if side or name != "project"  # a dense gradient is its own projection
+    ],
+)
+def test_opcheck(name, side, dtype):
+    lists = Lists.random((5, 7), 3, side, dtype)
+    torch.library.opcheck(getattr(torch.ops.subspace_optim, name).default, arguments(name, lists))
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_compiles_into_one_graph(side):
+    lists = Lists.random((37, 53), 3, side, torch.float32)
+    want = lists.stepped(native)["params"]
+    given = arguments("projected_adam_", lists)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(params, grads, exp_avgs, exp_avg_sqs, bases, steps, lr):
+        torch.ops.subspace_optim.projected_adam_(
+            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, given[6], lr), *given[8:]
+        )
+
+    step(*given[:6], lists.lr)
+    assert all(torch.equal(a, b) for a, b in zip(lists.params, want))
+
+
+def test_where_native_is_not_the_reference_is():
+    kernel = torch.ops.subspace_optim.projected_adam_.default
+    lists = Lists.random((37, 53), 3, "left", torch.float32)
+    want = lists.stepped(reference)["params"]
+    default = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    kernel.redispatch(default, *arguments("projected_adam_", lists))
+    assert all(torch.equal(a, b) for a, b in zip(lists.params, want))
+
+
+def test_autograd_sees_the_write():
+    weight = torch.nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    optimizer = so.SubspaceOptimizer([weight], backend="native")
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- the optimizers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_optimizers(method, dtype):
+    results = []
+    for backend in ("native", "reference"):
+        rng = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=rng).to(dtype)) for s in ((24, 40), (40, 24), (24,))]
+        groups = [{"params": params[:2]}, {"params": params[2:]}]
+        optimizer = method.optimizer(groups, lr=1e-2, weight_decay=0.1, backend=backend, **method.settings)
+        for _ in range(20):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=rng).to(dtype)
+            optimizer.step()
+        results.append([p.detach().clone() for p in params])
+    if dtype == torch.float32:
+        assert distance(*results) < 1e-5
+    else:
+        assert sum(float((a != b).float().mean()) for a, b in zip(*results)) / 3 < 0.02
+
+
+if __name__ == "__main__":
+    print(_ext.isa(), digest())  # noqa: T201
