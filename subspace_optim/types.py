@@ -111,7 +111,7 @@ def make_plan(
         return Plan(shape, shape, 0, None, 0, dtype, device, reason)
 
     if rank is None:
-        return dense("its group has no rank")
+        return dense("rank=None in its group")
     if len(shape) - batch_dims < 2:
         return dense(f"{len(shape)}-D" if batch_dims == 0 else f"{len(shape)}-D with batch_dims={batch_dims}")
     if math.prod(shape) == 0:

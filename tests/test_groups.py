@@ -278,7 +278,7 @@ def test_summary_lists_what_is_projected_what_is_dense_and_why():
     for line in (
         r"right, rank 4 +24×16 +4 +model.layers.0.mlp.gate_proj.weight, …\n",
         r"left, rank 4 +8×16 +4 +model.layers.0.self_attn.k_proj.weight, …\n",
-        r"dense +50×16 +2 +model.embed_tokens.weight, … +its group has no rank",
+        r"dense +50×16 +2 +model.embed_tokens.weight, … +rank=None in its group",
     ):
         assert re.search(line, rows + "\n"), rows
     counts = [int(re.split(r"\s{2,}", row)[2]) for row in table[1:]]
