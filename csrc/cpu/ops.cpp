@@ -25,7 +25,7 @@ using Tensors = std::vector<Tensor>;
 
 enum Side : int64_t { kDense, kLeft, kRight, kBoth };  // the order of SIDES in ops.py
 
-constexpr int64_t kBlock = 1 << 16;  // elements of a float32 copy of part of a matrix: 256 KiB
+constexpr int64_t kBlock = 1 << 17;  // elements of a float32 copy of part of a matrix: 512 KiB
 constexpr int64_t kGrain = 16;       // chunks that are worth a thread
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
