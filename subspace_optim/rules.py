@@ -240,7 +240,7 @@ class Adafactor(Rule):
         row = state["exp_avg_sq_row"].lerp_(square.mean(-1), 1 - beta2)
         col = state["exp_avg_sq_col"].lerp_(square.mean(-2), 1 - beta2)
         row_scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        return grad * row_scale * col.rsqrt().unsqueeze(-2)
+        return torch.mul(grad, row_scale, out=square).mul_(col.rsqrt().unsqueeze(-2))
 
     def _rates(self, bucket: Bucket, hyper: Hyper) -> Tensor:
         if not self.scale_parameter:
@@ -273,16 +273,19 @@ class CompressedAdafactor(Adafactor):
         beta, plan = hyper.betas[0], bucket.plan
         torch._foreach_add_(bucket.slot("step"), 1)
         rates = self._rates(bucket, hyper).double().expand(len(bucket)).tolist()
+        history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
-            fresh = self._normalised_(state, grad)
-            update = kernel.back(moment, old, plan.side).mul(beta).add_(fresh, alpha=1 - beta)
+            update = self._normalised_(state, grad)
+            low = kernel.project([update], new, plan.side, plan.state_dtype)[0] * (1 - beta)
+            update.mul_(1 - beta)
+            kernel.apply_([update], [moment], list(old), [state["step"]], [], history, 0.0, 1.0, plan.side)
             if old is not new and hyper.moments != "keep":
                 change = tuple(a.mT @ b for a, b in zip(old, new, strict=True))
                 moment.copy_(carried(moment, change, plan.side))
-            moment.lerp_(kernel.project([fresh], new, plan.side, plan.state_dtype)[0], 1 - beta)
+            moment.mul_(beta).add_(low)
             reference.transform_([update], [grad], hyper.transform)
             _clip_(update, self.clip_threshold)
             kernel.apply_(
@@ -319,9 +322,10 @@ class WeightNormAdam(Adam):
         """G_t (m, n), ĝ (m), ρ (m). The gradient of a zero row is tangential as a whole."""
         w, g = param.to(plan.state_dtype), grad.to(plan.state_dtype)
         norm = torch.linalg.vector_norm(w, dim=-1)
-        direction = w / torch.where(norm > 0, norm, 1).unsqueeze(-1)
-        radial = (g * direction).sum(-1)
-        return g - radial.unsqueeze(-1) * direction, radial, norm
+        divisor = torch.where(norm > 0, norm, 1)
+        product = g * w
+        radial = product.sum(-1) / divisor
+        return torch.addcmul(g, w, (radial / divisor).unsqueeze(-1), value=-1, out=product), radial, norm
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """One matrix at a time; a dense bucket is plain Adam."""
@@ -334,7 +338,10 @@ class WeightNormAdam(Adam):
             tangent, radial, norm = self._split(param, bucket.grads[i], plan)
             low = kernel.project([tangent], bucket.bases[i], plan.side, plan.state_dtype)
             update, growth = self.adam_(state, low[0], radial, hyper, kernel)
-            moved = tangent.copy_(param).sub_(kernel.back(update, bucket.bases[i], plan.side), alpha=lr * hyper.scale)
+            moved = tangent.copy_(param)
+            kernel.apply_(
+                *([moved], [update], list(bucket.bases[i]), [state["step"]], [], hyper.lr, 0.0, hyper.scale, plan.side)
+            )
             magnitude = norm.mul(1 - lr * hyper.weight_decay).sub_(growth, alpha=lr).clamp_(min=0)
             length = torch.linalg.vector_norm(moved, dim=-1)
             rescale = torch.where((norm > 0) & (length > 0), magnitude / length.clamp(min=1e-30), 1)
@@ -380,7 +387,7 @@ def _carry_project_aware_(state: State, change: Change, side: Side | None, betas
 
 
 def _clip_(update: Tensor, threshold: float) -> None:
-    rms = update.square().mean().sqrt_()
+    rms = torch.linalg.vector_norm(update) * max(update.numel(), 1) ** -0.5
     update.div_((rms / threshold).clamp_(min=1))
 
 
