@@ -151,7 +151,7 @@ REFUSED = [
     (["--steps", "0"], "--steps 0", "at least 1"),
     (["--batch-size", "-2"], "--batch-size -2", "at least 1"),
     (["--tokens", "5", "--steps", "5"], "--tokens 5", "--steps 5"),
-    (["--warmup", "900"], "--warmup 900", "400 steps"),
+    (["--warmup", "900"], "--warmup 900", "320 steps"),
     (["--min-lr-ratio", "2"], "--min-lr-ratio 2", "between 0 and 1"),
     (["--vocab-size", "100"], "--vocab-size 100", "at least 257"),
     (["--heads", "7"], "--heads 7", "--hidden 256"),

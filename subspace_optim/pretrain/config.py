@@ -53,7 +53,7 @@ class Size:
 # of 4096, with a budget of a few minutes on two CPU cores.
 SIZES: dict[str, Size] = {
     "tiny": Size(
-        256, 688, 4, 4, rank=64, batch_size=8, accumulate=1, steps=400, vocab_size=4096, seq_len=128, every=50,
+        256, 688, 4, 4, rank=64, batch_size=8, accumulate=1, steps=320, vocab_size=4096, seq_len=128, every=50,
         eval_tokens=16_384,
     ),
     "9m": Size(128, 352, 4, 4, rank=32, batch_size=64, accumulate=2, steps=5_000),
