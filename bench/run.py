@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ MODELS = {  # hidden, intermediate, layers, vocabulary, rank: LLaMA as GaLore ha
 LR = 1e-4
 NEVER = 10**9  # a gap that no run reaches
 BASELINE = "torch AdamW fused"
+PACKAGES = ("torch", "galore-torch", "apollo-torch", "pytorch_optimizer", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -287,8 +289,8 @@ def machine():
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "backends": so.backends(),
-        "torch": torch.__version__,
         "python": platform.python_version(),
+        "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
     }
 
 
@@ -340,7 +342,8 @@ def main():
         print(f"{name}: parity fails ({error:.1e}, bound {BOUNDS[dtype]:.0e}); it is not timed")
         del chosen[name]
 
-    record = {"options": vars(options) | {"out": str(options.out)}, "machine": machine(), "parity_failed": failed}
+    said = {key: value for key, value in vars(options).items() if key != "out"}
+    record = {"options": said, "machine": machine(), "parity_failed": failed}
     record |= measure(chosen, errors, options)
     report(record)
     about = record["machine"]
