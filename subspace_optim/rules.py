@@ -6,6 +6,7 @@ A rule says what it stores (`init`), how the stored moments follow a change of b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -314,8 +315,12 @@ class WeightNormAdam(Adam):
         return state
 
     def targets(self, bucket: Bucket) -> list[Tensor]:
-        """The tangential gradients."""
-        return [self._split(p, g, bucket.plan)[0] for p, g in zip(bucket.params, bucket.grads, strict=True)]
+        """The tangential gradients; zero where rounding is all that is left of a radial one."""
+        tangents = [self._split(p, g, bucket.plan)[0] for p, g in zip(bucket.params, bucket.grads, strict=True)]
+        for tangent, grad in zip(tangents, bucket.grads, strict=True):
+            largest, left = (torch.linalg.vector_norm(x, math.inf, dtype=tangent.dtype) for x in (grad, tangent))
+            tangent.mul_(left > 8 * torch.finfo(tangent.dtype).eps * largest)
+        return tangents
 
     @staticmethod
     def _split(param: Tensor, grad: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
