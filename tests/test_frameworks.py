@@ -7,60 +7,22 @@ from pathlib import Path
 
 import ddp
 import pytest
+import tiny_llama
 import torch
 from accelerate import Accelerator
+from tiny_llama import HALF, STEPS, arguments, llama, rows, weights
 from torch import nn
 from torch.utils.data import DataLoader
 from training import FIVE, assert_same, noise
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer
 
 import subspace_optim as so
 
 KWARGS = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "rank": 4, "update_proj_gap": 2}
-STEPS, HALF = 6, 3
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    )  # fmt: skip
-
-
-def rows(count=64):
-    tokens = torch.randint(0, 32, (count, 12), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in tokens]
 
 
 def trainer(folder, cls=so.GaLore, kwargs=KWARGS, **settings):
-    arguments = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "save_steps": HALF,
-        "learning_rate": 0.01,
-        "weight_decay": 0.1,
-        "warmup_steps": 2,
-        "lr_scheduler_type": "cosine",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "dataloader_pin_memory": False,
-    }
-    return Trainer(
-        model=llama(),
-        args=TrainingArguments(**arguments | settings),
-        train_dataset=rows(),
-        optimizer_cls_and_kwargs=(cls, dict(kwargs)),
-    )
-
-
-def weights(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
+    return tiny_llama.trainer(arguments(folder, **settings), (cls, dict(kwargs)))
 
 
 @pytest.mark.parametrize("name", FIVE)

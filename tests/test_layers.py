@@ -22,7 +22,7 @@ LAYERS = (
     ("optimizers", "planner"),
     ("__init__",),
     ("integrations", "pretrain"),
-    ("cli", "api_page"),
+    ("cli", "api_page", "docs"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
