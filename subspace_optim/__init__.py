@@ -3,6 +3,7 @@
 from .engine import SubspaceOptimizer
 from .groups import param_groups
 from .kernels.select import available as backends
+from .monitor import LayerReport
 from .optimizers import OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
 from .projectors import SVD, OnlinePCA, Projector, RandomProjection
 from .rules import Adafactor, Adam, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
@@ -19,6 +20,7 @@ __all__ = [
     "GaLore",
     "GradNormLoRP",
     "Grams",
+    "LayerReport",
     "Lion",
     "Momentum",
     "OnlinePCA",

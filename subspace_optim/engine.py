@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from . import philox
 from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
+from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector
 from .rules import Adam, Kernel, Rule
 from .types import Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
@@ -92,6 +93,8 @@ class SubspaceOptimizer(Optimizer):
     Raises:
         ValueError: a value is out of range, or an option is misspelt.
     """
+
+    observer = Observer()  # told of the work; not part of the state, and a copy begins with this one
 
     def __init__(
         self,
@@ -213,6 +216,7 @@ class SubspaceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.observer.begin()
         for work in self._collect():
             self._step_bucket(work)
         return loss
@@ -265,6 +269,7 @@ class SubspaceOptimizer(Optimizer):
                     continue
                 if not largest <= GRAD_LIMIT:
                     self.skipped_updates += 1
+                    self.observer.skip(self._stream(plan, position, j))
                     continue
                 bucket.params.append(matrix)
                 bucket.grads.append(grad)
@@ -285,11 +290,13 @@ class SubspaceOptimizer(Optimizer):
             moments=group["moments"],
         )
         if plan.side is None:
-            self.dense_rule.step_(bucket, hyper, work.kernel)
+            with self.observer.step(self.dense_rule, bucket, work.kernel):
+                self.dense_rule.step_(bucket, hyper, work.kernel)
         else:
             assert self.projector is not None
             self._refresh(group, bucket, hyper)
-            self.rule.step_(bucket, hyper, work.kernel)
+            with self.observer.step(self.rule, bucket, work.kernel):
+                self.rule.step_(bucket, hyper, work.kernel)
             changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
             if changes is not None:
                 self.rule.carry_(plan, bucket.states, changes, hyper)
@@ -320,7 +327,8 @@ class SubspaceOptimizer(Optimizer):
                 continue
             part = bucket.part(list(targets))
             try:
-                changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
+                with self.observer.refresh(projector, part):
+                    changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
             except LinAlgError:
                 continue
             self.rule.carry_(plan, part.states, changes, hyper)
@@ -435,6 +443,39 @@ class SubspaceOptimizer(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def watch(self, every: int = 10) -> None:
+        """Look at every n-th step from now on, for `report`.
+
+        A look costs one more projection of every gradient, and for the time of the step 1 MiB a matrix. Steps in
+        between cost nothing; a refresh is timed, for which a GPU is waited for.
+
+        Args:
+            every: steps between two looks, ≥ 1.
+
+        Raises:
+            ValueError: `every` is not a whole number ≥ 1.
+        """
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"{type(self).__name__}.watch: every={every!r} must be a whole number of at least 1")
+        self.observer = Monitor(every, self._members)
+
+    def report(self) -> list[LayerReport]:
+        """What has been seen of every matrix since `watch`: captured energy, overlap, size of the updates, refreshes.
+
+        Raises:
+            RuntimeError: `watch` has not been called.
+        """
+        if not isinstance(self.observer, Monitor):
+            raise RuntimeError(f"{type(self).__name__}.report: call watch() before the steps that it is to tell of")
+        return self.observer.report()
+
+    def _members(self) -> Iterator[tuple[int, str, Plan]]:
+        """(random stream, name, plan) of every matrix."""
+        for position, index, i, param in self._positions():
+            plan, name = _plan(param, self.param_groups[index]), _name(self.param_groups[index], i)
+            for j in range(plan.stack or 1):
+                yield self._stream(plan, position, j), f"{name}[{j}]" if plan.stack else name, plan
 
     def state_bytes(self) -> int:
         """Memory held by all state tensors, every storage counted once."""

@@ -18,6 +18,7 @@ LAYERS = (
     ("kernels.native", "kernels.triton"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
+    ("monitor",),
     ("engine", "layerwise"),
     ("optimizers", "planner"),
     ("__init__",),
