@@ -6,7 +6,8 @@ Philox-4x32-10 (Salmon et al., SC 2011), the generator of cuRAND and of `triton.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
 _Word = TypeVar("_Word", int, Tensor)
 
 
-def philox(seed: int, c0: Tensor, c1: int = 0, c2: int = 0, c3: int = 0) -> Tensor:
-    """Four 32-bit words for every counter (c0[i], c1, c2, c3): int64 in [0, 2³²), shape (4, len(c0))."""
+def philox(seed: int | Tensor, c0: Tensor, c1: int = 0, c2: int = 0, c3: int = 0) -> Tensor:
+    """Four 32-bit words for every counter (c0[i], c1, c2, c3): int64 in [0, 2³²), shape (4, len(c0)).
+
+    A tensor of seeds (count, 1) gives (4, count, len(c0)).
+    """
     return torch.stack(_rounds(seed, c0, *(torch.full_like(c0, c) for c in (c1, c2, c3))))
 
 
@@ -27,7 +31,7 @@ def mix(seed: int, stream: int) -> int:
     return (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
 
 
-def _rounds(seed: int, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Word, _Word, _Word, _Word]:
+def _rounds(seed: Any, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Word, _Word, _Word, _Word]:
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p2 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # in int64 products wrap; the low 64 bits are what Philox wants
@@ -51,7 +55,12 @@ def signs(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     return (_words(seed, count, device) & 1).mul(2).sub(1).T.reshape(-1)[:count].view(shape).double()
 
 
-def _words(seed: int, count: int, device: torch.device) -> Tensor:
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """32-bit words of every seed, shape (len(seeds), count)."""
+    return _words(torch.tensor(seeds, device=device).unsqueeze(-1), count, device).movedim(0, -1).flatten(1)[:, :count]
+
+
+def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
     return philox(seed, torch.arange((count + 3) // 4, device=device), 0, 0, _BASIS)
 
 

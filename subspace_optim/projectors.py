@@ -7,6 +7,7 @@ c = Q_oldᵀ Q_new, by which the rule carries its moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,6 +19,7 @@ from . import philox
 from .types import Bases, Change, Plan, Side, State
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
+_PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
 UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
 
 
@@ -114,9 +116,9 @@ class SVD(Projector):
         """Top right singular vectors (d, r) of every (k, d) gradient."""
         cold = [i for i, state in enumerate(states) if state["age"] == UNSET]
         start = torch.stack(olds)
-        for i in cold:
-            sketch = philox.normal(seeds[i], tuple(olds[i].shape), olds[i].device)
-            start[i] = torch.linalg.qr(sketch.to(start.dtype))[0]
+        _, d, r = start.shape
+        if cold:
+            start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device)).to(start)
         # Gᵀ G squares the scale of G, which may itself be far from 1.
         least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
         inverse = [1 / g.abs().amax().to(start.dtype).clamp(min=least) for g in grads]
@@ -152,8 +154,8 @@ class RandomProjection(Projector):
         rank: see Projector.
         update_proj_gap: see Projector.
         proj_type: see Projector.
-        kind: orthonormal columns (uniform over subspaces); or gaussian or rademacher entries of variance 1/r, for
-            which E[Q Qᵀ] = I.
+        kind: orthonormal columns (random ones of a discrete cosine transform, under random signs of the rows: E[Q Qᵀ] =
+            I·r/d, arXiv 1011.1595); or gaussian or rademacher entries of variance 1/r, for which E[Q Qᵀ] = I.
 
     Source: arXiv 2402.03293.
     """
@@ -182,24 +184,44 @@ class RandomProjection(Projector):
 
     def bases(self, plan: Plan, states: Sequence[State]) -> list[Bases]:
         """Regenerate the bases from their seeds."""
-        return [self.generate(plan, state["seed"]) for state in states]
+        return self.generate(plan, [state["seed"] for state in states])
 
-    def generate(self, plan: Plan, seed: int) -> Bases:
-        """The bases of one seed, the same on every device."""
-        return tuple(
-            self._draw(philox.mix(seed, 2 + i), shape, plan.device).to(plan.state_dtype)
+    def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
+        """The bases of every seed, the same on every device."""
+        columns = [
+            self._draw([philox.mix(seed, 2 + i) for seed in seeds], shape, plan.device)
             for i, shape in enumerate(plan.basis_shapes)
-        )
+        ]
+        return [tuple(q.to(plan.state_dtype) for q in bases) for bases in zip(*columns, strict=True)]
 
-    def _draw(self, seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        if self.kind == "rademacher":
-            return philox.signs(seed, shape, device) * shape[-1] ** -0.5
-        gaussian = philox.normal(seed, shape, device)
-        if self.kind == "gaussian":
-            return gaussian * shape[-1] ** -0.5
-        # Cholesky QR in float64: unique, so the same on every device, and a third of the time of Householder's.
-        factor = torch.linalg.cholesky(gaussian.mT @ gaussian)
-        return torch.linalg.solve_triangular(factor.mT, gaussian, upper=True, left=False)
+    def _draw(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+        if self.kind == "orthonormal":
+            return random_bases(seeds, shape, device)
+        draw = philox.signs if self.kind == "rademacher" else philox.normal
+        return [draw(seed, shape, device) * shape[-1] ** -0.5 for seed in seeds]
+
+
+def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """Orthonormal (d, r) in float64: random columns of the discrete cosine transform, its rows under random signs.
+
+    Ten times cheaper than to orthonormalise Gaussian columns, and as good a sketch (arXiv 0909.4061, 4.6).
+    """
+    d, r = shape
+    words = philox.words(seeds, 2 * d, device)
+    signs = (words[:, :d] & 1).mul(2).sub(1).double()
+    columns = words[:, d:].argsort(stable=True)[:, :r].double()
+    odd = torch.arange(1, 2 * _PERIOD, 2, dtype=torch.float64, device=device)
+    starts = torch.arange(0, 2 * d, 2 * _PERIOD, dtype=torch.float64, device=device)
+    return [_cosines(odd, starts, k, d).mul_(sign.unsqueeze(-1)) for k, sign in zip(columns, signs, strict=True)]
+
+
+def _cosines(odd: Tensor, starts: Tensor, k: Tensor, d: int) -> Tensor:
+    """Columns k of the transform, cos((2i + 1)kπ/2d) with 2i + 1 = start + odd, of length 1."""
+    (c, s), (c0, s0) = (
+        (a.cos(), a.sin()) for a in (torch.outer(x, k).remainder_(4 * d) * (math.pi / (2 * d)) for x in (odd, starts))
+    )
+    rows = torch.mul(c0.unsqueeze(1), c).addcmul_(s0.unsqueeze(1), s, value=-1).flatten(0, 1)[:d]
+    return rows.mul_((2 - (k == 0).double()).div_(d).sqrt_())
 
 
 @dataclass(frozen=True)

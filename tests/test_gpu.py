@@ -27,7 +27,7 @@ def test_random_bases_are_the_same():
     there = so.types.make_plan((96, 64), torch.float32, GPU, 16)
     for kind in ("orthonormal", "gaussian", "rademacher"):
         projector = so.RandomProjection(16, kind=kind)
-        (here,), (other,) = projector.generate(plan, 3), projector.generate(there, 3)
+        ((here,),), ((other,),) = projector.generate(plan, [3]), projector.generate(there, [3])
         torch.testing.assert_close(other.cpu(), here, rtol=1e-6, atol=1e-7)
 
 

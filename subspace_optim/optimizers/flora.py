@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,10 +105,14 @@ class _OfficialRandomProjection(RandomProjection):
     def next_seed(self, seed: int) -> int:
         return int(_integers(seed, 15)[-1])
 
-    def generate(self, plan: Plan, seed: int) -> Bases:
+    def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
+        return [self._official(plan, seed) for seed in seeds]
+
+    @staticmethod
+    def _official(plan: Plan, seed: int) -> Bases:
         bases = []
-        for shape, side, own in zip(plan.basis_shapes, plan.sides, (seed, seed), strict=False):
-            generator = torch.Generator(plan.device).manual_seed(_integers(own, 2)[0 if side == "left" else 1])
+        for shape, side in zip(plan.basis_shapes, plan.sides, strict=True):
+            generator = torch.Generator(plan.device).manual_seed(_integers(seed, 2)[0 if side == "left" else 1])
             drawn = shape[::-1] if side == "left" else shape
             sample = torch.randn(drawn, generator=generator, dtype=torch.float32, device=plan.device) / plan.rank**0.5
             bases.append((sample.T if side == "left" else sample).to(plan.state_dtype))
