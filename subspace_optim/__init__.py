@@ -7,6 +7,7 @@ from .monitor import LayerReport
 from .optimizers import OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
 from .projectors import SVD, OnlinePCA, Projector, RandomProjection
 from .rules import Adafactor, Adam, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
+from .spectrum import LayerSpectrum, LoRA, export_lora, spectral_report
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,9 @@ __all__ = [
     "GradNormLoRP",
     "Grams",
     "LayerReport",
+    "LayerSpectrum",
     "Lion",
+    "LoRA",
     "Momentum",
     "OnlinePCA",
     "OnlineSubspaceDescent",
@@ -32,5 +35,7 @@ __all__ = [
     "WeightNormAdam",
     "backends",
     "create",
+    "export_lora",
     "param_groups",
+    "spectral_report",
 ]

@@ -103,6 +103,25 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--overwrite", action="store_true", help="start again where --out holds other runs")
     where.set_defaults(function=_compare)
 
+    change = commands.add_parser(
+        "spectrum",
+        help="how training changed a model's weights, and the change as a LoRA adapter",
+        description="Compare two folders of save_pretrained() matrix by matrix: how many directions the change takes, "
+        "and how many leading directions are new (intruder dimensions).",
+        epilog=EXIT_CODES,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    change.add_argument("--before", metavar="DIR", required=True, help="the model before training")
+    change.add_argument("--after", metavar="DIR", required=True, help="the model after it")
+    change.add_argument("--target", nargs="+", metavar="NAME", help="names to look at (default: every matrix)")
+    change.add_argument("--k", type=int, metavar="N", help="leading directions to look at (default: 10)")
+    change.add_argument("--eps", type=float, metavar="X", help="cosine below which one is new (default: 0.5)")
+    change.add_argument("--json", metavar="FILE", help="write the report there as well")
+    change.add_argument("--export-lora", metavar="DIR", help="write the change as a PEFT adapter")
+    change.add_argument("--rank", type=int, metavar="R", help="of the adapter")
+    change.set_defaults(function=_spectrum)
+
     here = commands.add_parser("backends", help="which kernels are available here, and why others are not")
     here.set_defaults(function=_backends)
     return parser
@@ -204,6 +223,13 @@ def _compare(given: dict[str, Any]) -> int:
     from subspace_optim.pretrain.compare import compare
 
     return compare(given)
+
+
+def _spectrum(given: dict[str, Any]) -> int:
+    _require_extra()
+    from subspace_optim.pretrain.spectrum import spectrum
+
+    return spectrum(given)
 
 
 def _backends(given: dict[str, Any]) -> int:

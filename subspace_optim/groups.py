@@ -45,12 +45,12 @@ def param_groups(
         raise TypeError(f"param_groups needs a torch.nn.Module to read layer names from, not {type(model).__name__}")
     owners = _owners(model)
     matrices = {name: param for name, (_, _, param) in owners.items() if param.ndim >= 2}
-    targets, excludes = _patterns(target), _patterns(exclude)
+    targets, excludes = patterns(target), patterns(exclude)
     if targets is None or targets == ["all-linear"]:
         chosen = _linear(model, owners)
     else:
-        chosen = _matching(targets, matrices, "target")
-    chosen -= _matching(excludes, matrices, "exclude") if excludes else set()
+        chosen = matching(targets, matrices, "target")
+    chosen -= matching(excludes, matrices, "exclude") if excludes else set()
     if rank is None:
         chosen = set()
     elif not chosen:
@@ -101,24 +101,30 @@ def _linear(model: nn.Module, owners: dict[str, tuple[str, nn.Module, Tensor]]) 
     }
 
 
-def _patterns(given: str | Iterable[str] | None) -> list[str] | None:
+def patterns(given: str | Iterable[str] | None) -> list[str] | None:
+    """One name or several, as a list; None where nothing is named."""
     return [given] if isinstance(given, str) else None if given is None else list(given)
 
 
-def _matching(patterns: list[str], matrices: dict[str, Tensor], option: str) -> set[str]:
-    found = set()
-    for pattern in patterns:
+def matching(wanted: list[str], names: Iterable[str], option: str) -> set[str]:
+    """The names that contain one of the patterns, or that match it in full, with or without their last part.
+
+    Raises:
+        ValueError: one of them is not a regular expression, or matches nothing.
+    """
+    names, found = list(names), set()
+    for pattern in wanted:
         try:
             regex = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from None
         hits = {
             name
-            for name in matrices
+            for name in names
             if pattern in name or regex.fullmatch(name) or regex.fullmatch(name.rpartition(".")[0])
         }
         if not hits:
-            words = sorted({part for name in matrices for part in name.split(".") if not part.isdigit()})
+            words = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
             near = difflib.get_close_matches(pattern, words, n=1, cutoff=0.5) or words[:6]
             raise ValueError(
                 f"{option}={pattern!r} matches no trainable tensor of two or more dimensions; "

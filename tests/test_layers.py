@@ -20,16 +20,27 @@ LAYERS = (
     ("projectors", "rules", "groups"),
     ("monitor",),
     ("engine", "layerwise"),
-    ("optimizers", "planner"),
+    ("optimizers", "planner", "spectrum"),
     ("__init__",),
-    ("integrations", "pretrain"),
+    ("integrations",),
+    ("pretrain",),
     ("cli", "api_page", "docs"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-USER_LEVEL = LEVEL["pretrain"]  # from here on optional packages may be imported
+USER_LEVEL = LEVEL["integrations"]  # from here on optional packages may be imported
 NEEDED = {"torch", "subspace_optim"} | sys.stdlib_module_names
-OPTIONAL = {"transformers", "tokenizers", "datasets", "matplotlib", "rich", "accelerate", "scipy", "pandas"}
+OPTIONAL = {
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "matplotlib",
+    "rich",
+    "accelerate",
+    "scipy",
+    "pandas",
+    "safetensors",
+}
 
 
 def place(*parts):
