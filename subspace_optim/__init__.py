@@ -4,18 +4,20 @@ from .engine import SubspaceOptimizer
 from .groups import param_groups
 from .kernels.select import available as backends
 from .monitor import LayerReport
-from .optimizers import OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
+from .optimizers import APOLLO, OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
 from .projectors import SVD, OnlinePCA, Projector, RandomProjection
-from .rules import Adafactor, Adam, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
+from .rules import Adafactor, Adam, Apollo, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
 from .spectrum import LayerSpectrum, LoRA, export_lora, spectral_report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APOLLO",
     "OPTIMIZERS",
     "SVD",
     "Adafactor",
     "Adam",
+    "Apollo",
     "CompressedAdafactor",
     "Flora",
     "GaLore",

@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--optimizer",
         metavar="NAME",
-        help="galore (default), flora, osd, gradnormlorp, grams, adamw, or a cell of the grid such as svd+lion or "
-        "random+adam+cautious",
+        help="galore (default), flora, osd, gradnormlorp, grams, apollo, adamw, or a cell of the grid such as "
+        "svd+lion or random+adam+cautious",
     )
     _add_run_options(one)
     where = one.add_argument_group("results")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     many.add_argument(
-        "optimizers", nargs="+", metavar="NAME", help="adamw galore flora osd gradnormlorp grams, or grid cells"
+        "optimizers", nargs="+", metavar="NAME", help="adamw galore flora osd gradnormlorp grams apollo, or grid cells"
     )
     _add_run_options(many)
     where = many.add_argument_group("results")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .kernels import reference
 from .types import Bases, Bucket, Change, Hyper, Plan, Side, State
 
 Kernel = Any  # a module with the functions of kernels/reference.py
+_NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,71 @@ class WeightNormAdam(Adam):
             *(*hyper.betas, hyper.eps, "none", self.eps_inside),
         )
         return update, growth
+
+
+@dataclass(frozen=True)
+class Apollo(Adam):
+    """APOLLO: the gradient itself, with every channel as long as Adam's step in the subspace would make it.
+
+    N = Adam(R); s = ‖N‖/‖R‖ along the projected dimension: one factor for each row (right) or column (left);
+    S = G ∘ s; S ← S / max(‖S‖/(growth·‖S_previous‖), 1); W ← (1 - lr·λ) W - lr·√scale·S. Nothing is projected back.
+
+    Args:
+        scale_type: "channel", or "tensor" for one factor a matrix (APOLLO-Mini). With both sides projected they agree.
+        growth: largest ratio of ‖S‖ to that of the step before; None sets no limit.
+        least_share: ‖R‖ counts as at least this part of √(r/d)·‖G‖, which a random orthonormal basis sees of G: a
+            channel that the basis does not see would otherwise take an enormous step.
+
+    Source: arXiv 2412.05270.
+    Deviations: after a zero gradient the limiter goes by the step before it. The published one goes by the zero: its
+        steps start again from 1e-8 and grow by 1% each.
+    """
+
+    scale_type: Literal["channel", "tensor"] = "channel"
+    growth: float | None = 1.01
+    least_share: float = 0.5
+
+    def init(self, plan: Plan) -> State:
+        """Adam's moments, and ‖S‖ of the last step (0: there was none)."""
+        return super().init(plan) | ({"update_norm": _zeros(plan, ())} if plan.side else {})
+
+    def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        """One matrix at a time, as S is as large as the parameter; a dense bucket is plain Adam."""
+        plan = bucket.plan
+        if plan.side is None:
+            super().step_(bucket, hyper, kernel)
+            return
+        lows = kernel.project(bucket.grads, flat(bucket.bases), plan.side, plan.state_dtype)
+        updates = self.update_(bucket, lows, hyper, kernel)
+        channel = {"right": (-1,), "left": (-2,)}.get(plan.side, (-2, -1))
+        dims = channel if self.scale_type == "channel" else (-2, -1)
+        share = self.least_share * math.sqrt(math.prod(plan.low_shape) / math.prod(plan.matrix))
+        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            grad = bucket.grads[i].to(plan.state_dtype)
+            wanted, seen, whole = (
+                torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (updates[i], lows[i], grad)
+            )
+            step = grad * (wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR))
+            self._limit_(step, state, hyper)
+            kernel.apply_(
+                *([param], [step], [], [state["step"]], bucket.seeds[i : i + 1], hyper.lr, hyper.weight_decay),
+                *(self.scale(hyper), None),
+            )
+
+    def _limit_(self, step: Tensor, state: State, hyper: Hyper) -> None:
+        if self.growth is None:
+            return
+        norm, last = torch.linalg.vector_norm(step), state["update_norm"]
+        if self.eps_inside:  # the official code corrects the bias after the limiter
+            k = float(state["step"])
+            norm = norm * ((1 - hyper.betas[0] ** k) / math.sqrt(1 - hyper.betas[1] ** k))
+        excess = torch.where(last > 0, norm / (self.growth * last), 1).clamp_(min=1)
+        step.div_(excess)
+        last.copy_(torch.where(norm > 0, norm / excess, last))
+
+    def scale(self, hyper: Hyper) -> float:
+        """√scale, as the official code takes it."""
+        return super().scale(replace(hyper, scale=math.sqrt(hyper.scale)))
 
 
 def flat(bases: list[Bases]) -> list[Tensor]:

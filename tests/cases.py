@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from oracles.adamw import AdamWOracle
+from oracles.apollo import ApolloOracle
 from oracles.flora import FloraOracle
 from oracles.galore import GaLoreOracle
 from oracles.gradnormlorp import GradNormLoRPOracle, OfficialGradNormLoRPOracle
@@ -85,6 +86,7 @@ PROJECTED = SETTINGS | {"update_proj_gap": 4, "scale": 0.5}
 
 grid = partial(partial, so.SubspaceOptimizer)
 flora = without(FloraOracle, "eps", "update_proj_gap", "proj_type")
+apollo = without(ApolloOracle, "update_proj_gap", "proj_type")
 
 METHODS = (
     Method("galore", so.GaLore, GaLoreOracle),
@@ -124,6 +126,8 @@ METHODS = (
     Method("gradnormlorp", so.GradNormLoRP, GradNormLoRPOracle),
     Method("gradnormlorp_grams", so.GradNormLoRP, GradNormLoRPOracle, {"transform": "grams"}),
     Method("gradnormlorp_project_aware", so.GradNormLoRP, GradNormLoRPOracle, {"moments": "project_aware"}),
+    Method("apollo", so.APOLLO, apollo),
+    Method("apollo_mini", so.APOLLO, apollo, {"scale_type": "tensor", "scale": 128.0}),
     Method("grams_projected", so.Grams, partial(GaLoreOracle, transform="grams")),
 )
 
@@ -146,6 +150,7 @@ OFFICIAL_METHODS = (
         partial(OnlineSubspaceDescentOracle, rule=Lion, official=True),
     ),
     Method("official_flora", partial(so.Flora, **official), partial(flora, scale_parameter=True)),
+    Method("official_apollo", partial(so.APOLLO, **official), partial(apollo, official=True)),
     Method("official_gradnormlorp", partial(so.GradNormLoRP, **official), OfficialGradNormLoRPOracle),
 )
 

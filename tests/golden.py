@@ -62,6 +62,14 @@ GOLDEN = {golden.id: golden for golden in (
         (+0.080077, -0.039193, 0.342830), (+0.080656, -0.040786, 0.346462),
         (+0.080077, -0.004597, 0.355321), (+0.080656, -0.021750, 0.362788),
         {}),
+    row("apollo",
+        (+0.071226, -0.025376, 0.396101), (+0.070458, -0.027758, 0.388571),
+        (+0.059322, +0.010559, 0.358696), (+0.064932, +0.004723, 0.357914),
+        PROJECTION | {"scale": 1.0}),
+    row("apollo_mini",
+        (-0.135961, -0.198565, 0.904520), (-0.128024, -0.234942, 0.896787),
+        (-0.027834, -0.136220, 0.732480), (-0.013539, -0.190843, 0.755163),
+        PROJECTION | {"rank": 1, "scale": 128.0, "scale_type": "tensor"}),
 )}
 # fmt: on
 
@@ -80,6 +88,26 @@ def summary(W: np.ndarray) -> tuple[float, float, float]:
     return W[0, 0], W[-1, -1], np.linalg.norm(W)
 
 
+def apollo_official_bases(shape: tuple[int, int], rank: int, index: int = 0) -> Iterator[np.ndarray]:
+    """The (d, r) projections that official APOLLO draws for parameter `index`, first to last.
+
+    Facts of apollo-torch 1.0.3 on CPU, checked by the golden rows. Parameter i, counted over all groups, starts from
+    the seed i + 1; the draw is randn in fp32 of shape (m, r) for the left (m < n) and (r, n) for the right, divided by
+    √r; at a refresh the seed becomes the 15th integer of its own generator.
+    """
+    m, n = shape
+    seed = index + 1
+    while True:
+        generator = torch.Generator().manual_seed(seed)
+        A = torch.randn((m, rank), generator=generator) if m < n else torch.randn((rank, n), generator=generator).T
+        yield (A / rank**0.5).double().numpy()
+        seed = _integers(seed, 15)[-1]
+
+
+def _integers(seed: int, count: int) -> list[int]:
+    return torch.randint(0, 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def flora_official_bases(shape: tuple[int, int], rank: int, seed: int, index: int = 0) -> Iterator[np.ndarray]:
     """The (d, r) projections A that official Flora draws for parameter `index`, first to last.
 
@@ -90,17 +118,13 @@ def flora_official_bases(shape: tuple[int, int], rank: int, seed: int, index: in
       the draw is randn in fp32, of shape (r, m) for the left and (n, r) for the right, divided by √r;
       at a refresh the seed becomes the 15th integer of its own generator.
     """
-
-    def integers(seed: int, count: int) -> list[int]:
-        return torch.randint(0, 2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
     m, n = shape
     seed += index + 1
     while True:
-        left, right = integers(seed, 2)
+        left, right = _integers(seed, 2)
         if m < n:
             A = torch.randn((rank, m), generator=torch.Generator().manual_seed(left)).T
         else:
             A = torch.randn((n, rank), generator=torch.Generator().manual_seed(right))
         yield (A / rank**0.5).double().numpy()
-        seed = integers(seed, 15)[-1]
+        seed = _integers(seed, 15)[-1]

@@ -6,8 +6,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from golden import GOLDEN, STEPS, TOLERANCE, flora_official_bases, gradient, initial_weight, summary
+from golden import (
+    GOLDEN,
+    STEPS,
+    TOLERANCE,
+    apollo_official_bases,
+    flora_official_bases,
+    gradient,
+    initial_weight,
+    summary,
+)  # fmt: skip
 from oracles.adamw import AdamWOracle
+from oracles.apollo import ApolloOracle
 from oracles.flora import FloraOracle
 from oracles.galore import GaLoreOracle
 from oracles.gradnormlorp import GradNormLoRPOracle, OfficialGradNormLoRPOracle, normalised
@@ -41,6 +51,11 @@ def official(name, W0, settings, signs):
         draws = flora_official_bases(W0.shape, settings.pop("rank"), settings.pop("seed"))
         bases = [Basis(A, None) if W0.shape[0] < W0.shape[1] else Basis(None, A) for A in itertools.islice(draws, 2)]
         return FloraOracle(W0, basis=lambda G, k: bases[k // gap], **settings)
+    if name.startswith("apollo"):
+        gap = settings.pop("update_proj_gap")
+        draws = apollo_official_bases(W0.shape, settings.pop("rank"))
+        bases = [Basis(A, None) if W0.shape[0] < W0.shape[1] else Basis(None, A) for A in itertools.islice(draws, 2)]
+        return ApolloOracle(W0, eps=1e-6, basis=lambda G, t: bases[t // gap], official=True, **settings)
     if name == "grams":
         return GramsOracle(W0, eps=1e-6, official=True, **settings)
     if name == "osd":

@@ -156,6 +156,8 @@ OFFICIAL = {
     "flora": so.Flora,
     "lrwn": so.GradNormLoRP,
     "grams": so.Grams,
+    "apollo": so.APOLLO,
+    "apollo_mini": so.APOLLO,
 }
 
 

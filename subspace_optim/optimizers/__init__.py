@@ -1,4 +1,4 @@
-"""The five by paper name, and `create`, which makes any of them, or any cell of the grid, from a model."""
+"""The optimizers by paper name, and `create`, which makes any of them, or any cell of the grid, from a model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from ..groups import param_groups
 from ..projectors import SVD, OnlinePCA, Projector, RandomProjection
 from ..rules import Adafactor, Adam, Lion, Momentum, Rule
 from ..types import TRANSFORMS
+from .apollo import APOLLO
 from .flora import Flora
 from .galore import GaLore
 from .gradnormlorp import GradNormLoRP
 from .grams import Grams
 from .online_subspace_descent import OnlineSubspaceDescent
 
-__all__ = ["OPTIMIZERS", "Flora", "GaLore", "GradNormLoRP", "Grams", "OnlineSubspaceDescent", "create"]
+__all__ = ["APOLLO", "OPTIMIZERS", "Flora", "GaLore", "GradNormLoRP", "Grams", "OnlineSubspaceDescent", "create"]
 
 OPTIMIZERS: dict[str, type[SubspaceOptimizer]] = {
     "galore": GaLore,
@@ -26,6 +27,7 @@ OPTIMIZERS: dict[str, type[SubspaceOptimizer]] = {
     "osd": OnlineSubspaceDescent,
     "gradnormlorp": GradNormLoRP,
     "grams": Grams,
+    "apollo": APOLLO,
 }
 LONG_NAMES = {"online_subspace_descent": "osd"}
 PROJECTORS: dict[str, type[Projector] | None] = {
@@ -53,9 +55,9 @@ def create(
 
     Args:
         model: any module; see `param_groups` for what is projected.
-        name: adamw; galore, flora, osd, gradnormlorp, grams; or a cell of the grid `projector+rule[+transform]`, such
-            as svd+lion or random+adam+cautious. Projectors: none, svd, random, pca. Rules: adam, adafactor, lion,
-            momentum. Transforms: none, grams, cautious.
+        name: adamw; galore, flora, osd, gradnormlorp, grams, apollo; or a cell of the grid
+            `projector+rule[+transform]`, such as svd+lion or random+adam+cautious. Projectors: none, svd, random, pca.
+            Rules: adam, adafactor, lion, momentum. Transforms: none, grams, cautious.
         lr: learning rate ≥ 0.
         weight_decay: λ ≥ 0 of matrices; vectors are never decayed.
         rank: by default 128, and None (dense) for adamw, grams and the projector none.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from ..engine import SubspaceOptimizer
 from ..projectors import RandomProjection
 from ..rules import CompressedAdafactor
 from ..types import Bases, Plan
-from .compat import is_official
+from .compat import TorchStream, integers, is_official
 
 
 class Flora(SubspaceOptimizer):
@@ -99,26 +99,14 @@ class Flora(SubspaceOptimizer):
 
 
 @dataclass(frozen=True)
-class _OfficialRandomProjection(RandomProjection):
-    """flora_opt's stream: torch's generator on the parameter's device, so CPU and CUDA differ."""
+class _OfficialRandomProjection(TorchStream):
+    """flora_opt's draws: a seed splits into one for each side."""
 
-    def next_seed(self, seed: int) -> int:
-        return int(_integers(seed, 15)[-1])
-
-    def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
-        return [self._official(plan, seed) for seed in seeds]
-
-    @staticmethod
-    def _official(plan: Plan, seed: int) -> Bases:
+    def draw(self, plan: Plan, seed: int) -> Bases:
         bases = []
         for shape, side in zip(plan.basis_shapes, plan.sides, strict=True):
-            generator = torch.Generator(plan.device).manual_seed(_integers(seed, 2)[0 if side == "left" else 1])
+            generator = torch.Generator(plan.device).manual_seed(integers(seed, 2)[0 if side == "left" else 1])
             drawn = shape[::-1] if side == "left" else shape
             sample = torch.randn(drawn, generator=generator, dtype=torch.float32, device=plan.device) / plan.rank**0.5
             bases.append((sample.T if side == "left" else sample).to(plan.state_dtype))
         return tuple(bases)
-
-
-def _integers(seed: int, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, torch.iinfo(torch.int64).max, (count,), generator=generator).tolist()

@@ -84,6 +84,7 @@ OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "osd": OptimizerDefaults(1e-2, "Online Subspace Descent's script, 60M", scale=0.25, update_proj_gap=200),
     "gradnormlorp": OptimizerDefaults(1e-2, "GradNormLoRP's script", scale=0.25, update_proj_gap=250),
     "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),
+    "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
 }
 ALIASES = {"online_subspace_descent": "osd"}
 
@@ -95,7 +96,7 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
     """Defaults of an optimizer or grid cell for a model size.
 
     Args:
-        name: One of the five, ``adamw``, or ``projector+rule[+transform]``.
+        name: Of `create`: an optimizer, ``adamw``, or ``projector+rule[+transform]``.
         model: Name of the size; 7b has its own learning rate and gap in the GaLore paper.
 
     Returns:
