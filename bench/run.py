@@ -21,9 +21,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import subspace_optim as so
+from subspace_optim.pretrain.machine import peak_bytes
 
 MODELS = {  # hidden, intermediate, layers, vocabulary, rank: LLaMA as GaLore has it
     "tiny": (64, 176, 2, 512, 16),
@@ -185,19 +185,6 @@ def state_bytes(optimizer):
     found = [t for state in optimizer.state.values() for t in tensors(dict(state))]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
     return sum(t.nbytes for t in found), sum(held.values())
-
-
-def peak_bytes(step):
-    """The most that one step has allocated at a time, by torch's allocator events."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def refresh(optimizer, projected):

@@ -5,6 +5,7 @@ from .groups import param_groups
 from .kernels.select import available as backends
 from .monitor import LayerReport
 from .optimizers import APOLLO, OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
+from .planner import MemoryPlan, plan
 from .projectors import SVD, OnlinePCA, Projector, RandomProjection
 from .rules import Adafactor, Adam, Apollo, CompressedAdafactor, Lion, Momentum, Rule, WeightNormAdam
 from .spectrum import LayerSpectrum, LoRA, export_lora, spectral_report
@@ -27,6 +28,7 @@ __all__ = [
     "LayerSpectrum",
     "Lion",
     "LoRA",
+    "MemoryPlan",
     "Momentum",
     "OnlinePCA",
     "OnlineSubspaceDescent",
@@ -39,5 +41,6 @@ __all__ = [
     "create",
     "export_lora",
     "param_groups",
+    "plan",
     "spectral_report",
 ]

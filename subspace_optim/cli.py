@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from subspace_optim.pretrain.config import SIZES, Failure, UserError
+from subspace_optim.pretrain.config import Failure, UserError
 from subspace_optim.pretrain.display import complain, table, write
+from subspace_optim.sizes import SIZES
 
 _EXTRA = ("numpy", "transformers", "tokenizers", "rich", "matplotlib")
 EXIT_CODES = (

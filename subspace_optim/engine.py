@@ -30,7 +30,7 @@ from .rules import Adam, Kernel, Rule
 from .types import Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
-_REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
+REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -318,7 +318,7 @@ class SubspaceOptimizer(Optimizer):
         if self.rule.looks_behind:
             stale = set(due)
             bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]
-        at_once = max(1, _REFRESH_ELEMENTS // math.prod(plan.matrix))
+        at_once = max(1, REFRESH_ELEMENTS // math.prod(plan.matrix))
         for chunk in (due[i : i + at_once] for i in range(0, len(due), at_once)):
             targets = dict(zip(chunk, self.rule.targets(bucket.part(chunk)), strict=True))
             if projector.needs_gradient:
@@ -348,6 +348,13 @@ class SubspaceOptimizer(Optimizer):
                 member["age"] += self._offset(position + j, group)
             members.append(member)
         return stack_states(members) if plan.stack else members[0]
+
+    def allocate_state(self) -> None:
+        """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
+        for position, index, _, param in self._positions():
+            if param.requires_grad and param.numel() and not self.state[param]:
+                group = self.param_groups[index]
+                self.state[param].update(self._init_state(_plan(param, group), group, position))
 
     def _offset(self, order: int, group: dict[str, Any]) -> int:
         """How much earlier than a whole gap the first renewal comes."""
@@ -480,7 +487,7 @@ class SubspaceOptimizer(Optimizer):
     def state_bytes(self) -> int:
         """Memory held by all state tensors, every storage counted once."""
         tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
     def summary(self) -> str:
         """A table of what is projected, what is dense, and why; one line for tensors that are treated alike."""

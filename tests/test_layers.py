@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "subspace_optim"
 
 # From the ground up. A name is a module or a folder of this package; what shares a name may import each other.
 LAYERS = (
-    ("types", "philox", "_ext"),
+    ("types", "philox", "_ext", "sizes"),
     ("hyperparameters", "kernels", "kernels.reference", "storage", "distributed"),
     ("ops",),
     ("kernels.native", "kernels.triton"),
@@ -20,7 +20,8 @@ LAYERS = (
     ("projectors", "rules", "groups"),
     ("monitor",),
     ("engine", "layerwise"),
-    ("optimizers", "planner", "spectrum"),
+    ("optimizers", "allocation", "spectrum"),
+    ("planner",),
     ("__init__",),
     ("integrations",),
     ("pretrain",),
@@ -94,8 +95,9 @@ def test_imports_point_down(path):
     "path", [p for p in FILES if LEVEL.get(unit(p), 0) < USER_LEVEL], ids=lambda path: str(path.relative_to(PACKAGE))
 )
 def test_the_library_needs_torch_alone(path):
-    """Triton is torch's own companion, and only the kernels may know of it."""
+    """Triton is torch's own companion, and only the kernels may know of it; a budget is what scipy is for."""
     allowed = NEEDED | ({"triton"} if path.parent.name == "kernels" else set())
+    allowed |= {"scipy", "numpy"} if path.stem == "allocation" else set()
     assert {name.partition(".")[0] for name in imports(path)} <= allowed
 
 

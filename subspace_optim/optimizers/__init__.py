@@ -68,9 +68,9 @@ def create(
     Raises:
         ValueError: the name or an option does not exist, or a value is out of range.
     """
-    key = LONG_NAMES.get(name.lower(), name.lower())
-    cls, fixed = _resolve(key)
-    dense = key in ("adamw", "grams") or key.startswith("none+")
+    key = _key(name)
+    cls, fixed = resolve(name)
+    dense = not projects(name)
     if rank == "default":
         rank = None if dense else _DEFAULT_RANK
     if rank is not None and dense and key != "grams":
@@ -79,7 +79,16 @@ def create(
     return cls(groups, lr=lr, weight_decay=weight_decay, **fixed, **options)
 
 
-def _resolve(key: str) -> tuple[type[SubspaceOptimizer], dict[str, Any]]:
+def resolve(name: str) -> tuple[type[SubspaceOptimizer], dict[str, Any]]:
+    """The class behind a name that `create` takes, and the arguments that make it this optimizer.
+
+    Args:
+        name: see `create`.
+
+    Raises:
+        ValueError: there is no such optimizer.
+    """
+    key = _key(name)
     if key in OPTIMIZERS:
         return OPTIMIZERS[key], {}
     if key == "adamw":
@@ -102,3 +111,12 @@ def _resolve(key: str) -> tuple[type[SubspaceOptimizer], dict[str, Any]]:
         "dense_rule": rule if projector is None else None,
         "transform": parts[2] if len(parts) == 3 else "none",
     }
+
+
+def projects(name: str) -> bool:
+    """Whether the optimizer of this name projects where no rank is given."""
+    return _key(name) not in ("adamw", "grams") and not _key(name).startswith("none+")
+
+
+def _key(name: str) -> str:
+    return LONG_NAMES.get(name.lower(), name.lower())

@@ -6,14 +6,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 _STATUS = Path("/proc/self/status")
 
@@ -84,6 +86,19 @@ def _resident(field: str) -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes that a piece of work has allocated on the CPU at a time, by the events of torch's allocator.
+
+    Args:
+        work: What BLAS and LAPACK allocate inside it is not seen.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subspace_optim.pretrain.config import RunConfig, UserError
+from subspace_optim.sizes import llama_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,18 +55,8 @@ def build_model(config: RunConfig, vocab_size: int, end_id: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
-    llama = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden,
-        intermediate_size=config.intermediate,
-        num_attention_heads=config.heads,
-        num_hidden_layers=config.layers,
-        max_position_embeddings=max(1024, config.seq_len),
-        use_cache=False,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=end_id,
-    )
+    options = llama_options(config) | {"vocab_size": vocab_size}
+    llama = LlamaConfig(**options, bos_token_id=None, eos_token_id=end_id)
     llama._attn_implementation = config.attention
     try:
         model = LlamaForCausalLM(llama)
