@@ -25,10 +25,11 @@ SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
 _library = Library("subspace_optim", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(schema: str, default: Callable[..., Any] | None, fake: Callable[..., Any]) -> None:
     name = schema[: schema.index("(")]
     _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    if default is not None:
+        _library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"subspace_optim::{name}", fake, lib=_library)
 
 
@@ -79,6 +80,15 @@ _define(
     "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, float scale, int side, int transform) -> ()",
     _decoded(reference.projected_adam_, side=SIDES, transform=TRANSFORMS),
+    lambda *_: None,
+)
+
+# Without a default kernel: rules.WeightNormAdam does the same in pieces where its module has no such function.
+_define(
+    "weight_norm_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] length_avgs, Tensor(e!)[] length_avg_sqs, Tensor[] bases, Tensor(f!)[] steps, int[] seeds, "
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform) -> ()",
+    None,
     lambda *_: None,
 )
 

@@ -334,10 +334,18 @@ class WeightNormAdam(Adam):
         return torch.addcmul(g, w, (radial / divisor).unsqueeze(-1), value=-1, out=product), radial, norm
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
-        """One matrix at a time; a dense bucket is plain Adam."""
+        """One matrix at a time, unless the kernel has it as one function; a dense bucket is plain Adam."""
         plan = bucket.plan
         if plan.side is None:
             super().step_(bucket, hyper, kernel)
+            return
+        if hasattr(kernel, "weight_norm_adam_"):
+            kernel.weight_norm_adam_(
+                *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
+                *(bucket.slot("magnitude_exp_avg"), bucket.slot("magnitude_exp_avg_sq"), flat(bucket.bases)),
+                *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay),
+                *(hyper.scale, plan.side, hyper.transform),
+            )
             return
         lr = float(hyper.lr)
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):

@@ -17,7 +17,7 @@ from cases import METHODS
 import subspace_optim as so
 from subspace_optim import _ext, ops, philox
 from subspace_optim.kernels import native, reference
-from subspace_optim.types import TRANSFORMS
+from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
 
 pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels: {_ext.load()}")
 
@@ -80,6 +80,10 @@ class Lists:
             *(self.lr, 0.9, 0.99, eps, 0.1, 0.5, self.side, transform),
         )
         return own
+
+    def lengths(self):
+        """Moments of the row norms."""
+        return [[torch.ones(len(p), dtype=self.exp_avgs[0].dtype) for p in self.params] for _ in range(2)]
 
     def in_float64(self):
         def wide(tensors):
@@ -191,6 +195,63 @@ def test_projection(side, dtype):
     assert distance(got, want) < (1e-14 if wide == torch.float64 else 1e-6)
 
 
+def rows_stepped(lists, kernel, transform="none", zero_row=False):
+    """Parameter, moments and step counts after one step of GradNormLoRP's rule."""
+    m, n = lists.params[0].shape
+    rng = torch.Generator().manual_seed(1)
+    rank = lists.bases[0].shape[1]
+    plan = Plan((m, n), (m, n), 0, lists.side, rank, lists.params[0].dtype, torch.device("cpu"))
+    bucket, wide = Bucket(plan, bool(lists.seeds)), plan.state_dtype
+    for i, param in enumerate(lists.params):
+        bucket.params.append(param.clone(memory_format=torch.preserve_format))
+        if zero_row:
+            bucket.params[i][m // 2] = 0
+        lengths = torch.randn(2, m, generator=rng, dtype=torch.float64).to(wide)
+        slots = {"exp_avg": lists.exp_avgs[i], "exp_avg_sq": lists.exp_avg_sqs[i], "step": lists.steps[i]}
+        slots |= {"magnitude_exp_avg": lengths[0], "magnitude_exp_avg_sq": lengths[1].square()}
+        bucket.states.append({key: t.clone(memory_format=torch.preserve_format) for key, t in slots.items()})
+        bucket.bases.append(tuple(lists.bases[i :: len(lists.params)]))
+    bucket.grads, bucket.streams = lists.grads, lists.seeds
+    hyper = Hyper(lists.lr, (0.9, 0.99), 1e-8, 0.1, 0.5, transform, "keep")
+    so.rules.WeightNormAdam().step_(bucket, hyper, kernel)
+    return bucket
+
+
+def assert_same_rows(lists, **how):
+    got, want = (rows_stepped(lists, kernel, **how) for kernel in (native, reference))
+    dtype = lists.params[0].dtype
+    rounding = 1e-14 if dtype == torch.float64 else 2e-6
+    for key in want.states[0]:
+        assert distance(got.slot(key), want.slot(key)) < rounding
+    if dtype in (torch.float32, torch.float64):
+        assert distance(got.params, want.params) < rounding
+        return
+    for a, b in zip(got.params, want.params):  # the same noise; float32 sums of order 100 that cancel differ by 1e-5
+        assert (a != b).sum() <= 2 + 1e-3 * a.numel()
+        torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), [*MATRICES, ((5, 1500), 2)], ids=str)
+def test_rows_are_those_of_the_rule(shape, rank, side, dtype):
+    assert_same_rows(Lists.random(shape, rank, side, dtype))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_with_transforms_and_without_direction(side, transform):
+    assert_same_rows(Lists.random((37, 53), 3, side, torch.float32), transform=transform, zero_row=True)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", ["params", "grads", "exp_avgs", "bases"])
+def test_rows_with_strides(name, side):
+    lists = Lists.random((37, 53), 3, side, torch.bfloat16)
+    strided = [t.mT.contiguous().mT for t in getattr(lists, name)]
+    assert_same_rows(Lists(**{**vars(lists), name: strided}))
+
+
 # ---- what is not a number, or hardly one ----------------------------------------------------------------------------
 
 
@@ -266,6 +327,12 @@ def digest():
                 stepped = Lists.random(shape, 0, None, dtype, count=1).stepped(native, transform)
                 for name in ("params", "exp_avgs", "exp_avg_sqs"):
                     found.update(stepped[name][0].view(torch.uint8).numpy().tobytes())
+        lists = Lists.random((40, 1030), 2, "right", dtype, count=1)
+        native.weight_norm_adam_(
+            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.lengths(), lists.bases, lists.steps),
+            *(lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, "right", "none"),
+        )
+        found.update(lists.params[0].view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -324,6 +391,10 @@ def arguments(name, lists, transform="none"):
             side,
             False,
         ),
+        "weight_norm_adam_": (
+            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.lengths(), lists.bases),
+            *(lists.steps, lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+        ),
         "projected_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
             *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
@@ -336,9 +407,9 @@ def arguments(name, lists, transform="none"):
     ("name", "side"),
     [
         (name, side)
-        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_")
+        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_", "weight_norm_adam_")
         for side in (None, *SIDES)
-        if side or name != "project"  # a dense gradient is its own projection
+        if side or name not in ("project", "weight_norm_adam_")  # which are for matrices
     ],
 )
 def test_opcheck(name, side, dtype):

@@ -42,6 +42,11 @@ struct Kernels {
   void (*write)(const Target<A>&, const A* u, bool sign, int64_t begin, int64_t end);
   // The largest absolute value; NaN if there is one.
   A (*absmax)(Source, int64_t begin, int64_t end);
+  // Of each of `rows` rows, from the element `begin` on: ρ = ‖w‖, ĝ = ⟨g, w⟩/ρ and t = g - (ĝ/ρ)w; of a zero row t = g.
+  void (*tangent)(Source g, Source w, int64_t begin, int64_t rows, int64_t columns, A* t, A* radial, A* norm);
+  // W ← (length/‖u‖)·u by rows, from the element `begin` of the target on; where ‖u‖ or the old norm is zero, W ← u.
+  void (*write_rows)(Target<A>, const A* u, const A* norm, const A* length, int64_t begin, int64_t rows,
+                     int64_t columns);
 };
 
 struct Table {

@@ -167,6 +167,12 @@ void over_chunks(int64_t count, const F& f) {
   });
 }
 
+// The same over rows of `columns` elements, which may be as few as one.
+template <class F>
+void over_rows(int64_t rows, int64_t columns, const F& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain * kChunk / columns), f);
+}
+
 // N goes to `update`, or nowhere. Returns how many elements cautious kept.
 template <class A>
 int64_t adam(Transform transform, const Adam<A>& h, const Tensor& r, const Tensor& m, const Tensor& v, A* update) {
@@ -274,6 +280,64 @@ void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& para
   const Target<A> t = how.into<A>(w.memory);
   const auto loop = kernels().of<A>().step[static_cast<int>(options.transform)];
   over_chunks(count, [&](int64_t begin, int64_t end) { loop(h, g, first, second, t, begin, end); });
+  w.finish();
+}
+
+// Adam on the directions of rows and on their lengths: two passes over W in blocks of rows, one of them over G as well.
+template <class A>
+void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m, const Tensor& v,
+               const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step, double rate,
+               double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks, Scratch& lows) {
+  const int64_t rows = param.size(0), columns = param.size(1), most = std::max<int64_t>(16, kBlock / columns);
+  const Adam<A> h = adam_at<A>(options, step);
+  const auto loops = kernels().of<A>();
+  const auto over_blocks_of_rows = [&](const auto& f) {
+    for (int64_t begin = 0; begin < rows; begin += most) {
+      const int64_t count = std::min(most, rows - begin);
+      f(begin, count, blocks.take(m, scalar_type<A>, {count, columns}));
+    }
+  };
+  std::vector<A> norm(rows), growth(rows);  // ρ; ĝ, then Adam's step of it, then the new length
+
+  Written w(param);
+  const Tensor g = readable<A>(grad);
+  const Source weights = source(w.memory), gradient = source(g);
+  const Tensor low = lows.take(m, scalar_type<A>, {m.size(0), m.size(1)});
+  const Tensor half = s.left && s.right ? torch::stable::new_empty(low, std::vector{low.size(0), columns}) : low;
+  over_blocks_of_rows([&](int64_t begin, int64_t count, const Tensor& block) {
+    A* tangent = block.mutable_data_ptr<A>();
+    over_rows(count, columns, [&](int64_t first, int64_t last) {
+      loops.tangent(gradient, weights, (begin + first) * columns, last - first, columns, tangent + first * columns,
+                    growth.data() + begin + first, norm.data() + begin + first);
+    });
+    if (s.left) {
+      product(half, transposed(part(*s.left, 0, begin, count)), block, begin > 0 ? 1 : 0);
+    } else {
+      product(part(low, 0, begin, count), block, *s.right);
+    }
+  });
+  if (s.left && s.right) product(low, half, *s.right);
+
+  const int64_t kept = adam<A>(options.transform, h, low, m, v, low.template mutable_data_ptr<A>());
+  A *first = length_m.mutable_data_ptr<A>(), *second = length_v.mutable_data_ptr<A>();
+  const auto plain = loops.adam[static_cast<int>(Transform::none)];
+  plain(h, {growth.data(), sizeof(A) == sizeof(float) ? Dtype::float32 : Dtype::float64}, first, second, growth.data(),
+        0, rows);
+  const A decay = static_cast<A>(1 - rate * weight_decay), lr = static_cast<A>(rate);
+  for (int64_t i = 0; i < rows; ++i) growth[i] = std::max<A>(norm[i] * decay - lr * growth[i], 0);
+
+  const auto [a, b] = back_factors(low, s);
+  const double factor = -rate * scale * cautious_scale(options, kept, low.numel());
+  const Target<A> target = Writing{0, 1, false, seed, step}.into<A>(w.memory);
+  over_blocks_of_rows([&, &a = a, &b = b](int64_t begin, int64_t count, Tensor block) {
+    torch::stable::copy_(block, part(w.memory, 0, begin, count));
+    product(block, part(a, 0, begin, count), b, 1, factor);
+    const A* moved = block.const_data_ptr<A>();
+    over_rows(count, columns, [&](int64_t from, int64_t to) {
+      loops.write_rows(target, moved + from * columns, norm.data() + begin + from, growth.data() + begin + from,
+                       (begin + from) * columns, to - from, columns);
+    });
+  });
   w.finish();
 }
 
@@ -388,6 +452,35 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
   }
 }
 
+void weight_norm_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors length_avgs,
+                         Tensors length_avg_sqs, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
+                         double beta1, double beta2, double eps, double weight_decay, double scale, int64_t side,
+                         int64_t transform) {
+  const size_t count = params.size();
+  check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
+  check(length_avgs.size() == count && length_avg_sqs.size() == count && (seeds.empty() || seeds.size() == count));
+  STD_TORCH_CHECK(side != kDense, "a dense tensor has no rows to normalise");
+  const auto spaces = subspaces(bases, side, count);
+  const auto rate = rates(lr, count);
+  const AdamOptions options{beta1, beta2, eps, transform_of(transform), false};
+  Scratch lows, blocks;
+  for (size_t i = 0; i < count; ++i) {
+    with_type_of(exp_avgs[i], [&](auto zero) {
+      using A = decltype(zero);
+      const int64_t rows = params[i].size(0);
+      STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "shapes differ");
+      STD_TORCH_CHECK(length_avgs[i].numel() == rows && length_avg_sqs[i].numel() == rows, "one length a row");
+      Written m(exp_avgs[i]), v(exp_avg_sqs[i]), length_m(length_avgs[i]), length_v(length_avg_sqs[i]);
+      step_rows<A>(options, params[i], grads[i], m.memory, v.memory, length_m.memory, length_v.memory, spaces[i],
+                   increment(steps[i]), rate[i], weight_decay, scale, seed_of(seeds, i), blocks, lows);
+      m.finish();
+      v.finish();
+      length_m.finish();
+      length_v.finish();
+    });
+  }
+}
+
 // The largest |g| of every gradient, as float64; NaN if there is one.
 Tensor grad_max_op(Tensors grads) {
   const auto count = static_cast<int64_t>(grads.size());
@@ -424,5 +517,6 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("adam_update_", TORCH_BOX(&sso::adam_update_op));
   m.impl("apply_", TORCH_BOX(&sso::apply_op));
   m.impl("projected_adam_", TORCH_BOX(&sso::projected_adam_op));
+  m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
 }

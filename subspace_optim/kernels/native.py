@@ -12,7 +12,17 @@ from ..types import TRANSFORMS, Plan, Side
 from . import reference
 from .reference import back, transform_, write_
 
-__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+__all__ = [
+    "adam_update_",
+    "apply_",
+    "back",
+    "grad_max",
+    "project",
+    "projected_adam_",
+    "transform_",
+    "weight_norm_adam_",
+    "write_",
+]
 
 _ops = torch.ops.subspace_optim
 
@@ -98,6 +108,33 @@ def projected_adam_(
     _ops.projected_adam_(
         *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
         *(ops.SIDES.index(side), TRANSFORMS.index(transform)),
+    )
+    _written(params)
+
+
+def weight_norm_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """The whole step of rules.WeightNormAdam, in blocks of rows: the tangential gradient never exists as a whole."""
+    _ops.weight_norm_adam_(
+        *(params, grads, exp_avgs, exp_avg_sqs, length_avgs, length_avg_sqs, bases, steps, seeds, lr),
+        *(beta1, beta2, eps, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
     )
     _written(params)
 
