@@ -3,6 +3,7 @@
 from .engine import SubspaceOptimizer
 from .groups import param_groups
 from .kernels.select import available as backends
+from .layerwise import ProjectedBackward, average_gradients, project_in_backward
 from .monitor import LayerReport
 from .optimizers import APOLLO, OPTIMIZERS, Flora, GaLore, GradNormLoRP, Grams, OnlineSubspaceDescent, create
 from .planner import MemoryPlan, plan
@@ -32,15 +33,18 @@ __all__ = [
     "Momentum",
     "OnlinePCA",
     "OnlineSubspaceDescent",
+    "ProjectedBackward",
     "Projector",
     "RandomProjection",
     "Rule",
     "SubspaceOptimizer",
     "WeightNormAdam",
+    "average_gradients",
     "backends",
     "create",
     "export_lora",
     "param_groups",
     "plan",
+    "project_in_backward",
     "spectral_report",
 ]

@@ -12,7 +12,7 @@ One step, in six hops:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -26,8 +26,8 @@ from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector
-from .rules import Adam, Kernel, Rule
-from .types import Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
+from .rules import Adam, Kernel, Rule, flat
+from .types import Bases, Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
@@ -92,9 +92,17 @@ class SubspaceOptimizer(Optimizer):
 
     Raises:
         ValueError: a value is out of range, or an option is misspelt.
+
+    Attributes:
+        skipped_updates: how many updates of one tensor a gradient that was not finite has cost.
+        last_grad_norm: what `clip_grad_norm_` last found; NaN before.
+        lows: R of the tensors whose gradients were projected ahead of the coming step, one for each matrix.
+        in_backward: whether `project_in_backward` is on.
     """
 
     observer = Observer()  # told of the work; not part of the state, and a copy begins with this one
+    last_grad_norm: Tensor | float = math.nan
+    in_backward: bool = False
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class SubspaceOptimizer(Optimizer):
         self.seed = seed
         self.backend = backend
         self.skipped_updates = 0
+        self.lows: dict[Tensor, list[Tensor]] = {}
         if backend != "auto" and backend not in select.IMPLS:
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
         defaults: dict[str, Any] = {
@@ -202,7 +211,7 @@ class SubspaceOptimizer(Optimizer):
         """Step every parameter that has a gradient.
 
         A tensor whose gradient is NaN, infinite or beyond 1e15 stays as it is, with its state; `skipped_updates`
-        counts them. Gradients are never written.
+        counts them. Gradients are never written. What was projected ahead of the step is used up by it.
 
         Args:
             closure: computes the loss and its gradients; called once, with gradients enabled.
@@ -210,7 +219,8 @@ class SubspaceOptimizer(Optimizer):
         Raises:
             TypeError: a gradient is sparse.
             ValueError: the rank or side of a group has been changed.
-            RuntimeError: the backend that was asked for cannot step a tensor. In all three cases nothing has changed.
+            RuntimeError: the backend that was asked for cannot step a tensor, or a tensor has both a gradient and one
+                that was projected ahead. In all these cases nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -219,16 +229,154 @@ class SubspaceOptimizer(Optimizer):
         self.observer.begin()
         for work in self._collect():
             self._step_bucket(work)
+        self.lows.clear()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch does, and forget what was projected ahead of the step."""
+        super().zero_grad(set_to_none)
+        self.lows.clear()
+
+    @property
+    def whole_gradient(self) -> str:
+        """Why a step needs more of a gradient than R; empty where R is enough."""
+        if self.projector is None:
+            return "it projects nothing"
+        return self.rule.whole_gradient or self.projector.whole_gradient
+
+    def plan_of(self, index: int, param: Tensor) -> Plan:
+        """How a tensor of the group with this index is stepped."""
+        return _plan(param, self.param_groups[index])
+
+    def name_of(self, param: Tensor) -> str:
+        """What errors call a tensor of this optimizer."""
+        return next(_name(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
+
+    def low_plan(self, index: int, param: Tensor) -> Plan | None:
+        """The plan by which the gradient of a tensor may be projected ahead of the coming step.
+
+        None where the step needs the whole gradient: the tensor is dense, its basis is due for renewal, or the method
+        reads more than R.
+
+        Args:
+            index: of the tensor's group.
+            param: the tensor.
+        """
+        plan, state = self.plan_of(index, param), self.state.get(param)
+        if plan.side is None or not state or self.whole_gradient:
+            return None
+        if param in self.lows:  # what has begun to accumulate in a basis stays in it, and a renewal waits
+            return plan
+        assert self.projector is not None
+        gap = self.param_groups[index]["update_proj_gap"]
+        return None if any(self.projector.due(member, gap) for member in _member_states(plan, state)) else plan
+
+    def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
+        """The bases in force of the matrices of a projected tensor."""
+        assert self.projector is not None
+        return self.projector.bases(plan, _member_states(plan, self.state[param]))
+
+    @torch.no_grad()
+    def project_gradients(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        """R ← R + project(p.grad), and p.grad is freed, for all of the tensors of which the step needs no more than R.
+
+        Args:
+            tensors: (index of the group, tensor).
+        """
+        alike: dict[Plan, list[Tensor]] = {}
+        for index, param in tensors:
+            if param.grad is None or param.grad.layout != torch.strided:
+                continue
+            plan = self.low_plan(index, param)
+            if plan is not None:
+                alike.setdefault(plan, []).append(param)
+        for plan, params in alike.items():
+            kernel = select.resolve(self.backend, plan)
+            grads = [g for param in params if param.grad is not None for g in plan.matrices(param.grad)]
+            bases = flat([own for param in params for own in self.bases(plan, param)])
+            lows = kernel.project(grads, bases, plan.side, plan.state_dtype)
+            count = plan.stack or 1
+            for i, param in enumerate(params):
+                self.add_low(param, lows[i * count : (i + 1) * count])
+                param.grad = None
+
+    def add_low(self, param: Tensor, lows: Sequence[Tensor]) -> None:
+        """R ← R + low.
+
+        Args:
+            param: the tensor.
+            lows: a projected gradient of each of its matrices; they are kept.
+        """
+        if param in self.lows:
+            torch._foreach_add_(self.lows[param], list(lows))
+        else:
+            self.lows[param] = list(lows)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients down until their joint norm is at most `max_norm`; returns the norm they had.
+
+        It is the norm of what the step sees: R of a projected tensor, G of a dense one and of one whose basis is due
+        for renewal. So it does not depend on whether gradients are projected within backward. With an orthonormal
+        basis ‖R‖ ≤ ‖G‖: it is at most the norm that torch.nn.utils.clip_grad_norm_ finds. Gradients of which the step
+        needs no more than R are projected here and freed. A gradient that is not finite, which the step will skip,
+        makes the returned norm so but does not scale the others.
+
+        `last_grad_norm` keeps what was returned.
+
+        Args:
+            max_norm: > 0; math.inf only measures.
+
+        Raises:
+            ValueError: `max_norm` is out of range.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"clip_grad_norm_: max_norm={max_norm!r} must be > 0; math.inf only measures")
+        everything = [(index, param) for _, index, _, param in self._positions()]
+        self.project_gradients(everything)
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        held = [self.lows.get(param, [param.grad]) for _, param in everything]  # in an order that all ranks share
+        for grad in (grad for grads in held for grad in grads if grad is not None):
+            alike.setdefault((grad.device, grad.dtype), []).append(grad)
+        device = next(iter(alike), (torch.device("cpu"),))[0]
+        norms = [
+            torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.promote_types(dtype, torch.float32))))
+            for (_, dtype), grads in alike.items()
+        ]
+        joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1)
+        self.last_grad_norm = norm = torch.linalg.vector_norm(joint)
+        usable = torch.linalg.vector_norm(torch.where(joint.isfinite(), joint, 0))
+        if max_norm != math.inf:
+            factor = (max_norm / (usable + 1e-6)).clamp(max=1)
+            for (where, dtype), grads in alike.items():
+                torch._foreach_mul_(grads, factor.to(where, dtype))
+        return norm
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """GradScaler asks for it before it steps, and looks at p.grad alone."""
+        if self.in_backward:
+            raise RuntimeError(
+                "GradScaler cannot unscale gradients that are projected within backward; train in bfloat16, which has "
+                "no need of it, or leave project_in_backward out"
+            )
+        return False
 
     def _collect(self) -> list[_Work]:
         """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
-        members: dict[tuple[int, Plan], list[tuple[int, Tensor]]] = {}
+        members: dict[tuple[int, Plan, bool], list[tuple[int, Tensor]]] = {}
         for position, index, i, param in self._positions():
-            if param.grad is None or param.numel() == 0:
+            ahead = param in self.lows
+            if (param.grad is None and not ahead) or param.numel() == 0:
                 continue
             group = self.param_groups[index]
-            if param.grad.layout != torch.strided:
+            if param.grad is not None and ahead:
+                raise RuntimeError(
+                    f"{_name(group, i)} has a gradient besides the one that was projected ahead of the step; something "
+                    "else writes p.grad (DistributedDataParallel: leave it out, and call average_gradients), or a "
+                    "backward has run since; zero_grad() clears both"
+                )
+            if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
             plan, state = _plan(param, group), self.state.get(param)
             low_shape = (plan.stack,) * bool(plan.stack) + plan.low_shape
@@ -237,11 +385,11 @@ class SubspaceOptimizer(Optimizer):
                     f"{_name(group, i)} has state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} "
                     f"and proj_type={group['proj_type']!r} need {low_shape}; keep what the run began with"
                 )
-            members.setdefault((index, plan), []).append((position, param))
-        kernels = {plan: select.resolve(self.backend, plan) for _, plan in members}
+            members.setdefault((index, plan, ahead), []).append((position, param))
+        kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
         return [
             _Work(group, bucket, kernels[plan], entries)
-            for (index, plan), tensors in members.items()
+            for (index, plan, _), tensors in members.items()
             for group in [self.param_groups[index]]
             for bucket, entries in [self._bucket(plan, group, tensors, kernels[plan])]
             if len(bucket)
@@ -251,16 +399,20 @@ class SubspaceOptimizer(Optimizer):
         self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]], kernel: Kernel
     ) -> tuple[Bucket, list[_Entry]]:
         """The matrices of a plan that take part in this step, and the parameters that they belong to."""
-        grads = [grad for _, param in tensors if param.grad is not None for grad in plan.matrices(param.grad)]
+        ahead = tensors[0][1] in self.lows
+        grads = [
+            grad
+            for _, param in tensors
+            for grad in (self.lows[param] if param.grad is None else plan.matrices(param.grad))
+        ]
         measured = iter(zip(grads, kernel.grad_max(grads).tolist(), strict=True))
-        bucket, entries = Bucket(plan, self.stochastic_rounding), []
+        bucket, entries = Bucket(plan, self.stochastic_rounding, projected=ahead), []
         for position, param in tensors:
             state = self.state[param]
             fresh = not state
             if fresh:
                 state.update(self._init_state(plan, group, position))
-            own = unstack_state(state, plan.stack) if plan.stack else [state]
-            entry = _Entry(param, plan.matrices(param), state, own)
+            entry = _Entry(param, plan.matrices(param), state, _member_states(plan, state))
             entries.append(entry)
             for j, (matrix, member) in enumerate(zip(entry.matrices, entry.members, strict=True)):
                 grad, largest = next(measured)
@@ -313,7 +465,8 @@ class SubspaceOptimizer(Optimizer):
         """
         plan, projector = bucket.plan, self.projector
         assert projector is not None
-        due = [i for i, state in enumerate(bucket.states) if projector.due(state, group["update_proj_gap"])]
+        gap = group["update_proj_gap"]
+        due = [i for i, state in enumerate(bucket.states) if not bucket.projected and projector.due(state, gap)]
         bucket.bases = projector.bases(plan, bucket.states)
         if self.rule.looks_behind:
             stale = set(due)
@@ -446,6 +599,7 @@ class SubspaceOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.lows = {}  # of other bases
         self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -515,6 +669,11 @@ def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
     return make_plan(
         *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"])
     )
+
+
+def _member_states(plan: Plan, state: State) -> list[State]:
+    """The states of the matrices of a tensor."""
+    return unstack_state(state, plan.stack) if plan.stack else [state]
 
 
 def _name(group: dict[str, Any], i: int) -> str:

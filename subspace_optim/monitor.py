@@ -145,9 +145,9 @@ class Monitor(Observer):
 
     @staticmethod
     def _captured(rule: Rule, bucket: Bucket, kernel: Kernel) -> Tensor:
-        """(k, 2): energy inside the subspace and in all of every member; zeros when dense."""
+        """(k, 2): energy inside the subspace and in all of every member; zeros when dense, or when only R was kept."""
         plan = bucket.plan
-        if plan.side is None:
+        if plan.side is None or bucket.projected:
             return torch.zeros(len(bucket), 2, dtype=plan.state_dtype, device=plan.device)
         rows = []
         for i, bases in enumerate(bucket.bases):

@@ -39,6 +39,7 @@ class Projector:
 
     needs_gradient: ClassVar[bool] = True  # a refresh waits for a gradient that is not zero
     periodic: ClassVar[bool] = True  # refreshed every update_proj_gap steps, and so staggered
+    whole_gradient: ClassVar[str] = ""  # why every step needs more of a gradient than R, if it does
 
     def init(self, plan: Plan, seed: int) -> State:
         """State of one tensor, from shapes alone: zero bases, which project everything to zero."""
@@ -252,6 +253,7 @@ class OnlinePCA(SVD):
     retract_every: int | None = None
 
     periodic: ClassVar[bool] = False
+    whole_gradient: ClassVar[str] = "the basis of Online Subspace Descent learns from GᵀGQ at every step"
 
     def init(self, plan: Plan, seed: int) -> State:
         """The bases and Adam's moments on them."""

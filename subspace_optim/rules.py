@@ -33,6 +33,7 @@ class Rule:
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # default of the group key
     looks_behind: ClassVar[bool] = False  # True: the rule moves its moments to the new basis by itself, within step_
     sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
+    whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
 
     def init(self, plan: Plan) -> State:
         """Zero state for one tensor."""
@@ -51,9 +52,14 @@ class Rule:
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """Advance the moments and write the parameters."""
-        lows = kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
-        updates = self.update_(bucket, lows, hyper, kernel)
+        updates = self.update_(bucket, self.project(bucket, kernel), hyper, kernel)
         self.apply_(bucket, updates, hyper, kernel)
+
+    def project(self, bucket: Bucket, kernel: Kernel) -> list[Tensor]:
+        """R of every member; G itself may come back where nothing is to be projected."""
+        if bucket.projected:
+            return bucket.grads
+        return kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """From R to N; `lows` may be the gradients themselves and must not be written."""
@@ -98,8 +104,8 @@ class Adam(Rule):
             super().carry_(plan, states, changes, hyper)
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
-        """One fused call, unless the official place of ε or order of decay is asked for."""
-        if self.eps_inside or self.decay_after:
+        """One fused call, unless R is there already, or the official place of ε or order of decay is asked for."""
+        if bucket.projected or self.eps_inside or self.decay_after:
             super().step_(bucket, hyper, kernel)
             return
         kernel.projected_adam_(
@@ -207,8 +213,7 @@ class Adafactor(Rule):
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """As the base, with Adafactor's relative step size."""
-        rates = self._rates(bucket, hyper)
-        lows = kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
+        rates, lows = self._rates(bucket, hyper), self.project(bucket, kernel)
         if self.lr_inside:
             for param, rate in zip(bucket.params, rates.double().expand(len(bucket)).tolist(), strict=True):
                 param.mul_(1 - rate * hyper.weight_decay)
@@ -262,6 +267,7 @@ class CompressedAdafactor(Adafactor):
     """
 
     looks_behind: ClassVar[bool] = True
+    whole_gradient: ClassVar[str] = "the fresh part of Flora's update, G/√V̂, has full rank"
 
     def init(self, plan: Plan) -> State:
         """The compressed momentum, and the factored square of the full gradient."""
@@ -306,6 +312,8 @@ class WeightNormAdam(Adam):
 
     Source: arXiv 2412.19616.
     """
+
+    whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""
@@ -393,6 +401,8 @@ class Apollo(Adam):
     Deviations: after a zero gradient the limiter goes by the step before it. The published one goes by the zero: its
         steps start again from 1e-8 and grow by 1% each.
     """
+
+    whole_gradient: ClassVar[str] = "APOLLO's update is the gradient itself, rescaled"
 
     scale_type: Literal["channel", "tensor"] = "channel"
     growth: float | None = 1.01

@@ -164,12 +164,13 @@ class Bucket:
         plan: the plan they share.
         rounding: whether bfloat16 is rounded stochastically.
         params: of shape `plan.matrix`.
-        grads: of shape `plan.matrix`; never written.
+        grads: of shape `plan.matrix`, or R of shape `plan.low_shape` where they were projected ahead; never written.
         states: one dict each.
         orders: their places among all that the optimizer steps, by which refreshes are staggered.
         streams: their random seeds.
         bases: in force for this step; empty when dense.
         previous: the bases that the moments are still expressed in, for a rule that `looks_behind`.
+        projected: whether `grads` were projected ahead of the step.
     """
 
     plan: Plan
@@ -181,6 +182,7 @@ class Bucket:
     streams: list[int] = field(default_factory=list)
     bases: list[Bases] = field(default_factory=list)
     previous: list[Bases] = field(default_factory=list)
+    projected: bool = False
 
     def slot(self, key: str) -> list[Tensor]:
         """One state tensor of every member."""
