@@ -57,6 +57,8 @@ class LayerReport:
 class Observer:
     """What the engine tells of its work. This one does not listen, and is the default."""
 
+    looking = False  # whether the figures of the present step are measured
+
     def begin(self) -> None:
         """A step of the optimizer begins."""
 
@@ -82,7 +84,6 @@ class Monitor(Observer):
 
     def __init__(self, every: int, members: Callable[[], Iterable[tuple[int, str, Plan]]]) -> None:
         self.every = every
-        self.looking = False
         self._members = members
         self._steps = 0
         self._layers: dict[int, LayerReport] = {}
@@ -134,13 +135,13 @@ class Monitor(Observer):
         rows = torch.cat([captured, moved, torch.stack(bucket.slot("step")).to(dtype)[:, None]], 1)
         for stream, (inside, whole, change, weight, step) in zip(bucket.streams, rows.tolist(), strict=True):
             layer = self._layer(stream)
-            share = min(1.0, inside / whole) if bucket.plan.side and whole > 0 else None
+            share = _ratio(min(inside, whole), whole) if bucket.plan.side else None
             self._note(
                 stream,
                 step=int(step),
                 captured=share,
                 captured_ema=_average(layer.captured_ema, share),
-                update_ratio=change / weight if weight > 0 else None,
+                update_ratio=_ratio(change, weight),
             )
 
     @staticmethod
@@ -153,10 +154,10 @@ class Monitor(Observer):
         for i, bases in enumerate(bucket.bases):
             (target,) = rule.targets(bucket.part([i]))  # one at a time: it may be as large as the gradient
             (low,) = kernel.project([target], list(bases), plan.side, plan.state_dtype)
-            if bucket.states[i]["age"] == UNSET:
-                low = torch.zeros_like(low)
-            energies = (_whitened(low, bases, plan), target)
-            rows.append(torch.stack([torch.linalg.vector_norm(x, dtype=plan.state_dtype).square() for x in energies]))
+            inside = torch.zeros_like(low) if bucket.states[i]["age"] == UNSET else _whitened(low, bases, plan)
+            rows.append(
+                torch.stack([torch.linalg.vector_norm(x, dtype=plan.state_dtype).square() for x in (inside, target)])
+            )
         return torch.stack(rows)
 
     def _layer(self, stream: int) -> LayerReport:
@@ -167,6 +168,11 @@ class Monitor(Observer):
 
     def _note(self, stream: int, **figures: float | None) -> None:
         self._layers[stream] = replace(self._layer(stream), **figures)  # type: ignore[arg-type]
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    """None where there is none: nothing to divide by, or weights that are not finite."""
+    return part / whole if whole > 0 and math.isfinite(part / whole) else None
 
 
 def _average(past: float | None, value: float | None) -> float | None:
@@ -189,7 +195,11 @@ def _sample(param: Tensor) -> Tensor:
 def _movement(param: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
     """(‖ΔW‖, ‖W‖) of the sample."""
     change = _sample(param).to(dtype) - before.to(dtype)
-    return torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in (change, before)])
+    return _norms(change, before, dtype=dtype)
+
+
+def _norms(*tensors: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in tensors])
 
 
 def _orthonormal(bases: Bases) -> Bases:

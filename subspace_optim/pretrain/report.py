@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subspace_optim.integrations.watch.page import INK, STYLE
 from subspace_optim.pretrain import machine
 from subspace_optim.pretrain.display import MIB, count
 from subspace_optim.pretrain.files import storage_errors, write_text
@@ -26,8 +27,6 @@ CATEGORIES = {
     "optimizer_state": "optimizer state",
     "activations_and_workspace": "activations and workspace",
 }
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_INK = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _FILL = ("#4477AA", "#AACCEE", "#CC6677", "#DDDDDD")
 
 
@@ -167,7 +166,7 @@ def _draw_run(left: Axes, right: Axes, report: Mapping[str, Any]) -> None:
     left.plot(
         [point["tokens"] for point in train],
         [point["loss"] for point in train],
-        color=_INK[5],
+        color=INK[5],
         linewidth=0.8,
         label="training",
     )
@@ -175,7 +174,7 @@ def _draw_run(left: Axes, right: Axes, report: Mapping[str, Any]) -> None:
     left.plot(
         [point["tokens"] for point in held_out],
         [point["loss"] for point in held_out],
-        color=_INK[0],
+        color=INK[0],
         linewidth=1.4,
         marker="o",
         markersize=3,
@@ -184,7 +183,7 @@ def _draw_run(left: Axes, right: Axes, report: Mapping[str, Any]) -> None:
     _loss_axis(left)
     sizes = [report["bytes"][key] / MIB for key in CATEGORIES]
     bars = right.barh(
-        [text.replace(" and ", "\nand ") for text in CATEGORIES.values()], sizes, color=_INK[0], height=0.55
+        [text.replace(" and ", "\nand ") for text in CATEGORIES.values()], sizes, color=INK[0], height=0.55
     )
     right.bar_label(bars, [f"{value:,.1f}" for value in sizes], padding=3)
     right.invert_yaxis()
@@ -209,8 +208,8 @@ def _draw_comparison(left: Axes, right: Axes, reports: Mapping[str, Mapping[str,
         left.plot(
             [point["tokens"] for point in points],
             [point["loss"] for point in points],
-            color=_INK[index % len(_INK)],
-            linestyle="-" if index < len(_INK) else "--",
+            color=INK[index % len(INK)],
+            linestyle="-" if index < len(INK) else "--",
             linewidth=1.2,
             marker="o",
             markersize=2.5,
@@ -236,13 +235,7 @@ def _figure(path: Path, height: float) -> Iterator[tuple[Axes, Axes]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         yield left, right
