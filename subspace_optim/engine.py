@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from . import philox
+from . import philox, storage
 from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
@@ -49,7 +50,7 @@ class _Entry:
         """Write back what the step could not reach in place: ints of stacked states, parameters that have no view."""
         if self.members[0] is not self.state:
             for key, column in self.state.items():
-                if not column.is_floating_point():
+                if column.dtype == torch.int64:
                     column.copy_(torch.tensor([member[key] for member in self.members]))
         if self.matrices[0].data_ptr() != self.param.data_ptr():
             self.param.copy_(torch.stack(self.matrices).view(self.param.shape))
@@ -85,7 +86,10 @@ class SubspaceOptimizer(Optimizer):
         batch_dims: leading dimensions that index separate matrices, as in stacked experts.
         dense_rule: the rule of tensors that are not projected.
         stagger: spread the refreshes of different tensors over the gap, so that no step pays for all of them.
-        stochastic_rounding: of bfloat16 parameters; False rounds to nearest, which loses small updates.
+        state_bits: of the moments: 32, 8 (dynamic map) or 4, in blocks that share a scale; vectors keep 32.
+        basis_bits: of the bases: 32, 8 or 4, linear.
+        rounding: of bfloat16 parameters: stochastic; kahan, which keeps what is lost in as many bytes more; or nearest,
+            which loses small updates. float16 knows the last two. `stochastic_rounding=False` is "nearest".
         seed: of random bases, starting points and rounding.
         backend: auto, or a name listed by `subspace_optim.backends()`.
         **overrides: rank, update_proj_gap, proj_type of the projector; aliases alpha, kappa, projection_type.
@@ -120,7 +124,9 @@ class SubspaceOptimizer(Optimizer):
         batch_dims: int = 0,
         dense_rule: Rule | None = None,
         stagger: bool = True,
-        stochastic_rounding: bool = True,
+        state_bits: int = 32,
+        basis_bits: int = 32,
+        rounding: str | None = None,
         seed: int = 0,
         backend: str = "auto",
         **overrides: Any,
@@ -130,7 +136,6 @@ class SubspaceOptimizer(Optimizer):
         self.rule = Adam() if rule is None else rule
         self.dense_rule = Adam() if dense_rule is None else dense_rule
         self.stagger = stagger
-        self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self.backend = backend
         self.skipped_updates = 0
@@ -149,7 +154,12 @@ class SubspaceOptimizer(Optimizer):
             "transform": transform,
             "moments": moments,
             "batch_dims": batch_dims,
+            "state_bits": state_bits,
+            "basis_bits": basis_bits,
+            "rounding": "stochastic",
         }
+        if rounding is not None:
+            overrides = {"rounding": rounding, **overrides}
         for key, value in canonical(overrides, where).items():
             if key in HINTS:
                 continue
@@ -274,7 +284,8 @@ class SubspaceOptimizer(Optimizer):
     def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
         """The bases in force of the matrices of a projected tensor."""
         assert self.projector is not None
-        return self.projector.bases(plan, _member_states(plan, self.state[param]))
+        states = [storage.with_bases(plan, member) for member in _member_states(plan, self.state[param])]
+        return self.projector.bases(plan, states)
 
     @torch.no_grad()
     def project_gradients(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
@@ -379,12 +390,8 @@ class SubspaceOptimizer(Optimizer):
             if param.grad is not None and param.grad.layout != torch.strided:
                 raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
             plan, state = _plan(param, group), self.state.get(param)
-            low_shape = (plan.stack,) * bool(plan.stack) + plan.low_shape
-            if state and state["exp_avg"].shape != low_shape:
-                raise ValueError(
-                    f"{_name(group, i)} has state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} "
-                    f"and proj_type={group['proj_type']!r} need {low_shape}; keep what the run began with"
-                )
+            if state:
+                self._check_state(_name(group, i), plan, group, state)
             members.setdefault((index, plan, ahead), []).append((position, param))
         kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
         return [
@@ -394,6 +401,15 @@ class SubspaceOptimizer(Optimizer):
             for bucket, entries in [self._bucket(plan, group, tensors, kernels[plan])]
             if len(bucket)
         ]
+
+    @staticmethod
+    def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
+        why, (_, shape) = storage.mismatch(plan, state), storage.kept_shape(plan, "exp_avg")
+        if why is None and state["exp_avg"].shape != shape:
+            why = f"state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} and "
+            why += f"proj_type={group['proj_type']!r} need {shape}"
+        if why is not None:
+            raise ValueError(f"{name} has {why}; keep what the run began with")
 
     def _bucket(
         self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]], kernel: Kernel
@@ -406,7 +422,7 @@ class SubspaceOptimizer(Optimizer):
             for grad in (self.lows[param] if param.grad is None else plan.matrices(param.grad))
         ]
         measured = iter(zip(grads, kernel.grad_max(grads).tolist(), strict=True))
-        bucket, entries = Bucket(plan, self.stochastic_rounding, projected=ahead), []
+        bucket, entries = Bucket(plan, group["rounding"] == "stochastic", projected=ahead), []
         for position, param in tensors:
             state = self.state[param]
             fresh = not state
@@ -431,7 +447,7 @@ class SubspaceOptimizer(Optimizer):
         return bucket, entries
 
     def _step_bucket(self, work: _Work) -> None:
-        group, bucket, plan, lr = work.group, work.bucket, work.bucket.plan, work.group["lr"]
+        group, plan, lr = work.group, work.bucket.plan, work.group["lr"]
         hyper = Hyper(
             lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
             betas=tuple(group["betas"]),
@@ -441,21 +457,29 @@ class SubspaceOptimizer(Optimizer):
             transform=group["transform"],
             moments=group["moments"],
         )
-        if plan.side is None:
-            with self.observer.step(self.dense_rule, bucket, work.kernel):
-                self.dense_rule.step_(bucket, hyper, work.kernel)
-        else:
-            assert self.projector is not None
-            self._refresh(group, bucket, hyper)
-            with self.observer.step(self.rule, bucket, work.kernel):
-                self.rule.step_(bucket, hyper, work.kernel)
-            changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
-            if changes is not None:
-                self.rule.carry_(plan, bucket.states, changes, hyper)
-            for state in bucket.states:
-                state["age"] += state["age"] != UNSET
+        for part in storage.parts(work.bucket):
+            bucket = storage.opened(part)
+            self._step_opened(group, bucket, hyper, work.kernel)
+            storage.close_(part, bucket)
         for entry in work.entries:
             entry.store()
+
+    def _step_opened(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
+        plan = bucket.plan
+        if plan.side is None:
+            with self.observer.step(self.dense_rule, bucket, kernel):
+                self.dense_rule.step_(bucket, hyper, kernel)
+            return
+        assert self.projector is not None
+        self._refresh(group, bucket, hyper)
+        with self.observer.step(self.rule, bucket, kernel):
+            self.rule.step_(bucket, hyper, kernel)
+        changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
+        if changes is not None:
+            self.rule.carry_(plan, bucket.states, changes, hyper)
+            storage.keep_bases_(bucket)
+        for state in bucket.states:
+            state["age"] += state["age"] != UNSET
 
     def _refresh(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper) -> None:
         """Set the bases of the bucket, new ones for the members that are due.
@@ -484,6 +508,7 @@ class SubspaceOptimizer(Optimizer):
                     changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
             except LinAlgError:
                 continue
+            storage.settle_bases_(part)
             self.rule.carry_(plan, part.states, changes, hyper)
             for i, bases in zip(targets, projector.bases(plan, part.states), strict=True):
                 state = bucket.states[i]
@@ -492,11 +517,10 @@ class SubspaceOptimizer(Optimizer):
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
         if plan.side is None:
-            return self.dense_rule.init(plan)
-        assert self.projector is not None
+            return storage.allocated(plan, self.dense_rule.init)
         members = []
         for j in range(plan.stack or 1):
-            member = self.rule.init(plan) | self.projector.init(plan, self._stream(plan, position, j))
+            member = storage.allocated(plan, partial(self._init_matrix, self._stream(plan, position, j)))
             if member["age"] != UNSET:
                 member["age"] += self._offset(position + j, group)
             members.append(member)
@@ -508,6 +532,10 @@ class SubspaceOptimizer(Optimizer):
             if param.requires_grad and param.numel() and not self.state[param]:
                 group = self.param_groups[index]
                 self.state[param].update(self._init_state(_plan(param, group), group, position))
+
+    def _init_matrix(self, stream: int, plan: Plan) -> State:
+        assert self.projector is not None
+        return self.rule.init(plan) | self.projector.init(plan, stream)
 
     def _offset(self, order: int, group: dict[str, Any]) -> int:
         """How much earlier than a whole gap the first renewal comes."""
@@ -540,16 +568,16 @@ class SubspaceOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            for name, param, saved, wanted in self._matched(incoming):
-                self._check_loaded(name, param, saved, wanted)
+            for name, _param, plan, saved, wanted in self._matched(incoming):
+                self._check_loaded(name, plan, saved, wanted)
             loaded.update(incoming)
 
         def restore(_: Optimizer) -> None:
-            for _name, param, saved, wanted in self._matched(loaded):
+            for _name, param, _plan, saved, wanted in self._matched(loaded):
                 for key, value in saved.items():
                     if isinstance(value, Tensor):
                         # Ints of stacked states are read at every step: on a GPU that would wait for it.
-                        device = param.device if value.is_floating_point() else torch.device("cpu")
+                        device = torch.device("cpu") if value.dtype == torch.int64 else param.device
                         value = value.detach().to(
                             *(device, wanted[key].dtype), copy=True, memory_format=torch.contiguous_format
                         )
@@ -566,8 +594,8 @@ class SubspaceOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _matched(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, State, State]]:
-        """(name, parameter, its state in the state dict, the state it needs on the meta device), where there is one."""
+    def _matched(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, Plan, State, State]]:
+        """(name, parameter, plan, state in the state dict, state it needs on the meta device), where there is one."""
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         if sizes[0] != sizes[1]:
@@ -577,9 +605,11 @@ class SubspaceOptimizer(Optimizer):
             if saved:
                 group = {**self.defaults, **groups[index]}
                 plan = replace(_plan(param, group), device=torch.device("meta"))
-                yield _name(self.param_groups[index], i), param, saved, self._init_state(plan, group, position)
+                yield _name(self.param_groups[index], i), param, plan, saved, self._init_state(plan, group, position)
 
-    def _check_loaded(self, name: str, param: Tensor, saved: State, wanted: State) -> None:
+    def _check_loaded(self, name: str, plan: Plan, saved: State, wanted: State) -> None:
+        if why := storage.mismatch(plan, saved):
+            raise ValueError(f"{name}: the checkpoint holds {why}; set that option as in the run that wrote it")
         if set(saved) != set(wanted):
             raise ValueError(
                 f"{name}: the checkpoint holds {', '.join(sorted(saved))}, but {type(self).__name__} keeps "
@@ -589,12 +619,12 @@ class SubspaceOptimizer(Optimizer):
             given, needed = _describe(saved[key]), _describe(value)
             if given != needed:
                 raise ValueError(
-                    f"{name}: the checkpoint's {key} is {given}, but a parameter of shape {tuple(param.shape)} needs "
+                    f"{name}: the checkpoint's {key} is {given}, but a parameter of shape {plan.shape} needs "
                     f"{needed}; load it into the model and groups that wrote it"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("projector", "rule", "dense_rule", "stagger", "stochastic_rounding", "seed", "backend")
+        own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "skipped_updates")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -667,7 +697,8 @@ class SubspaceOptimizer(Optimizer):
 
 def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
     return make_plan(
-        *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"])
+        *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"]),
+        *(group["state_bits"], group["basis_bits"], group["rounding"]),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .types import MOMENTS, PROJ_TYPES, TRANSFORMS
+from .types import BITS, MOMENTS, PROJ_TYPES, ROUNDINGS, TRANSFORMS
 
 ALIASES = {
     "alpha": "scale",
@@ -20,6 +20,7 @@ ALIASES = {
 KEYS = (
     *("lr", "betas", "eps", "weight_decay"),
     *("rank", "update_proj_gap", "scale", "proj_type", "transform", "moments", "batch_dims"),
+    *("state_bits", "basis_bits", "rounding"),
 )
 # Keys that torch, schedulers and frameworks put into groups; "lr_scale" is timm's.
 FOREIGN = {"params", "param_names", "names", "dim", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
@@ -42,6 +43,8 @@ def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in options.items():
         name = ALIASES.get(key, key)
+        if name == "stochastic_rounding":
+            name, value = "rounding", "stochastic" if value else "nearest"
         if name in out and name in KEYS:
             raise ValueError(f"{where}: '{key}' and '{name}' are two names of one option; keep '{name}'")
         if name not in KEYS and name not in FOREIGN:
@@ -93,7 +96,10 @@ def check(group: Mapping[str, Any], where: str) -> None:
         need(isinstance(group[key], int) and group[key] >= least, key, f"an int ≥ {least}")
     for key in ABSENT & set(group):
         need(not group[key], key, "False; this optimizer has no such mode")
-    for key, values in (("proj_type", PROJ_TYPES), ("transform", TRANSFORMS), ("moments", MOMENTS)):
+    for key in ("state_bits", "basis_bits"):
+        need(isinstance(group[key], int) and group[key] in BITS, key, "32, 8 or 4")
+    words = {"proj_type": PROJ_TYPES, "transform": TRANSFORMS, "moments": MOMENTS, "rounding": ROUNDINGS}
+    for key, values in words.items():
         need(group[key] in values, key, f"one of {', '.join(values)}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +18,16 @@ _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
 _Word = TypeVar("_Word", int, Tensor)
 
 
-def philox(seed: int | Tensor, c0: Tensor, c1: int = 0, c2: int = 0, c3: int = 0) -> Tensor:
+def philox(seed: int | Tensor, c0: Tensor, c1: int | Tensor = 0, c2: int = 0, c3: int = 0) -> Tensor:
     """Four 32-bit words for every counter (c0[i], c1, c2, c3): int64 in [0, 2³²), shape (4, len(c0)).
 
-    A tensor of seeds (count, 1) gives (4, count, len(c0)).
+    A tensor of seeds (count, 1) gives (4, count, len(c0)); a word that is a 0-d tensor is not waited for.
     """
-    return torch.stack(_rounds(seed, c0, *(torch.full_like(c0, c) for c in (c1, c2, c3))))
+    words = (c.to(c0).expand_as(c0) if isinstance(c, Tensor) else torch.full_like(c0, c) for c in (c1, c2, c3))
+    return torch.stack(_rounds(seed, c0, *words))
 
 
+@lru_cache(maxsize=2**16)
 def mix(seed: int, stream: int) -> int:
     """A 63-bit seed for a numbered stream of `seed`: neighbouring numbers give unrelated seeds."""
     low, high, _, _ = _rounds(seed, stream & _MASK, stream >> 32, 0, 0)
@@ -64,6 +67,18 @@ def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
     return philox(seed, torch.arange((count + 3) // 4, device=device), 0, 0, _BASIS)
 
 
+def uniform(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:
+    """Numbers in (0, 1) for the elements from `begin`, a multiple of 8, on: the middles of 2¹⁶ equal parts."""
+    return _halves(seed, step, begin, count, device).float().add_(0.5).mul_(2.0**-16)
+
+
+def _halves(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:
+    """Half-words of the stream (seed, step), int64, low halves first; element i uses half-word i."""
+    first, blocks = begin // 8, (count + 7) // 8
+    words = philox(seed, torch.arange(first, first + blocks, device=device), step, 0, _ROUNDING).T.reshape(-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[:count]
+
+
 def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:
     """Write float32 `value` into bfloat16 `out`, up or down with the odds that make the expectation exact.
 
@@ -76,10 +91,6 @@ def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:
         step: of the tensor, so that every step rounds afresh.
     """
     value = value.contiguous()
-    count = value.numel()
-    blocks = philox(seed, torch.arange((count + 7) // 8, device=value.device), step, 0, _ROUNDING)
-    words = blocks.T.reshape(-1)
-    noise = torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[:count].to(torch.int32)
     bits = value.view(torch.int32).view(-1)
-    bits.add_(noise).bitwise_and_(-65536)
+    bits.add_(_halves(seed, step, 0, value.numel(), value.device).to(torch.int32)).bitwise_and_(-65536)
     out.copy_(value)

@@ -23,6 +23,8 @@ Change = tuple[Tensor, ...]  # per basis, (r, r): Q_oldᵀ Q_new
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 MOMENTS = ("rotate", "keep", "project_aware")
 TRANSFORMS = ("none", "grams", "cautious")
+BITS = (32, 8, 4)
+ROUNDINGS = ("stochastic", "nearest", "kahan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,9 @@ class Plan:
         dtype: of the parameter.
         device: of the parameter.
         reason: why the tensor is dense; empty when it is projected.
+        state_bits: of every element of the moments: 32, 8 or 4.
+        basis_bits: of every element of the bases.
+        compensated: whether the state holds what rounding takes from the parameter (Kahan).
     """
 
     shape: tuple[int, ...]
@@ -48,6 +53,9 @@ class Plan:
     dtype: torch.dtype
     device: torch.device
     reason: str = ""
+    state_bits: int = 32
+    basis_bits: int = 32
+    compensated: bool = False
 
     @property
     def low_shape(self) -> tuple[int, ...]:
@@ -94,6 +102,9 @@ def make_plan(
     rank: int | float | None,
     proj_type: str = "std",
     batch_dims: int = 0,
+    state_bits: int = 32,
+    basis_bits: int = 32,
+    rounding: str = "stochastic",
 ) -> Plan:
     """Decide how a tensor of this shape is stepped.
 
@@ -105,10 +116,14 @@ def make_plan(
         proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
         batch_dims: leading dimensions that index separate matrices (stacked experts) instead of belonging to one.
             Each is stepped for itself, as if it were a parameter.
+        state_bits: of the moments: 32, 8 or 4.
+        basis_bits: of the bases.
+        rounding: of 16-bit parameters, one of ROUNDINGS.
     """
+    kept = (state_bits, basis_bits, rounding == "kahan" and dtype.itemsize == 2)
 
     def dense(reason: str) -> Plan:
-        return Plan(shape, shape, 0, None, 0, dtype, device, reason)
+        return Plan(shape, shape, 0, None, 0, dtype, device, reason, *kept)
 
     if rank is None:
         return dense("rank=None in its group")
@@ -127,7 +142,8 @@ def make_plan(
         side = "left" if proj_type == "left" else "right"
     else:
         side = "right" if (m >= n) == (proj_type == "std") else "left"
-    return Plan(shape, (m, n), math.prod(shape[:batch_dims]) if batch_dims else 0, side, columns, dtype, device)
+    stack = math.prod(shape[:batch_dims]) if batch_dims else 0
+    return Plan(shape, (m, n), stack, side, columns, dtype, device, "", *kept)
 
 
 def stack_states(states: list[State]) -> State:
@@ -139,7 +155,7 @@ def stack_states(states: list[State]) -> State:
 
 def unstack_state(state: State, count: int) -> list[State]:
     """The inverse of `stack_states`: tensors are views, ints are copies."""
-    columns = {key: v.unbind() if v.is_floating_point() else v.tolist() for key, v in state.items()}
+    columns = {key: v.tolist() if v.dtype == torch.int64 else v.unbind() for key, v in state.items()}
     return [{key: column[j] for key, column in columns.items()} for j in range(count)]
 
 
@@ -200,7 +216,7 @@ class Bucket:
             return [values[i] for i in members]
 
         lists = (pick(self.params), pick(self.grads), pick(self.states), pick(self.orders), pick(self.streams))
-        return Bucket(self.plan, self.rounding, *lists)
+        return Bucket(self.plan, self.rounding, *lists, projected=self.projected)
 
     def __len__(self) -> int:
         return len(self.params)

@@ -161,3 +161,11 @@ DENSE_METHODS = (
     Method("grams", so.Grams, GramsOracle),
     Method("official_grams", partial(so.Grams, **official), partial(GramsOracle, official=True)),
 )
+
+# Coded state and compensated parameters have no oracle of their own: they follow the one of what they store.
+STORED_METHODS = (
+    Method("galore_8bit", so.GaLore, GaLoreOracle, {"state_bits": 8, "basis_bits": 8}),
+    Method("osd_4bit", so.OnlineSubspaceDescent, OnlineSubspaceDescentOracle, {"state_bits": 4, "basis_bits": 4}),
+    Method("flora_4bit", so.Flora, flora, {"state_bits": 4, "rounding": "kahan"}),
+    Method("gradnormlorp_8bit", so.GradNormLoRP, GradNormLoRPOracle, {"state_bits": 8, "rounding": "kahan"}),
+)

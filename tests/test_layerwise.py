@@ -12,7 +12,7 @@ from pathlib import Path
 import layerwise_ranks
 import pytest
 import torch
-from cases import METHODS
+from cases import METHODS, STORED_METHODS
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import subspace_optim as so
 
 STEPS, PARTS = 50, 4
-SERVED = [method for method in METHODS if not build(method, net()).whole_gradient]
+SERVED = [method for method in METHODS + STORED_METHODS if not build(method, net()).whole_gradient]
 REFUSED = [method for method in METHODS if method not in SERVED]
 MODES = {"hooks": False, "linear": True}
 by_mode = pytest.mark.parametrize("linear", MODES.values(), ids=MODES)

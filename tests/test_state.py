@@ -23,11 +23,13 @@ SAVED, STOP = GAP + 1, 2 * GAP + 2  # every tensor is refreshed before the save 
 TYPES = (torch.float32, torch.bfloat16)
 # One of each kind of state; the resume in a new process covers every method.
 KINDS = ("galore", "galore_adafactor", "random_adam", "flora", "osd", "gradnormlorp", "official_gradnormlorp", "adamw")
+KINDS += ("osd_4bit", "gradnormlorp_8bit")  # and of what is not kept in float32
 CHECKPOINTS = pytest.mark.filterwarnings(
     # torch's checkpoint code: single process on purpose, and deprecations of its own.
     "ignore::UserWarning:torch.distributed.*",
     "ignore::FutureWarning:torch.distributed.*",
 )
+KEPT = {"age": torch.int64, "seed": torch.int64, "basis_step": torch.int64, "compensation": torch.bfloat16}
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=("float32", "bfloat16"))
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 by_kind = pytest.mark.parametrize("method", [m for m in ALL_METHODS if str(m) in KINDS], ids=str)
@@ -143,7 +145,7 @@ def test_float32_state_survives_the_load_into_bfloat16_parameters(method):
         for key, value in saved.items():
             if isinstance(value, torch.Tensor):
                 assert loaded[key].dtype == value.dtype
-                assert value.dtype == (torch.int64 if key in ("age", "seed", "basis_step") else torch.float32)
+                assert value.dtype == KEPT.get(key, (torch.float32, torch.uint8)[f"{key}_scale" in saved])
                 assert torch.equal(loaded[key], value)
             else:
                 assert type(loaded[key]) is type(value) and loaded[key] == value

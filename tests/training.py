@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from cases import DENSE_METHODS, METHODS, OFFICIAL_METHODS, PROJECTED, SETTINGS, Method
+from cases import DENSE_METHODS, METHODS, OFFICIAL_METHODS, PROJECTED, SETTINGS, STORED_METHODS, Method
 from torch import Tensor, nn
 
 import subspace_optim as so
@@ -18,7 +18,7 @@ SHAPES = {
     "vector": (9,),
     "experts": (3, 8, 5),
 }
-ALL_METHODS = METHODS + OFFICIAL_METHODS + DENSE_METHODS
+ALL_METHODS = METHODS + OFFICIAL_METHODS + DENSE_METHODS + STORED_METHODS
 
 # The five by name, each with what it stores for one (m, n) matrix, m ≥ n, at rank r, in floats (its docstring).
 FIVE = {
