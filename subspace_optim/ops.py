@@ -83,11 +83,21 @@ _define(
     lambda *_: None,
 )
 
-# Without a default kernel: rules.WeightNormAdam does the same in pieces where its module has no such function.
+# The next two are without a default kernel: rules.WeightNormAdam and rules.CompressedAdafactor do the same in pieces
+# where their module has no such function.
 _define(
     "weight_norm_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] length_avgs, Tensor(e!)[] length_avg_sqs, Tensor[] bases, Tensor(f!)[] steps, int[] seeds, "
     "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform) -> ()",
+    None,
+    lambda *_: None,
+)
+
+_define(
+    "compressed_adafactor_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] row_averages, "
+    "Tensor(d!)[] column_averages, Tensor[] previous, Tensor[] bases, bool[] carried, Tensor(e!)[] steps, int[] seeds, "
+    "Tensor lr, float beta1, float decay_rate, float clip_threshold, float weight_decay, float scale, int side, "
+    "int transform) -> ()",
     None,
     lambda *_: None,
 )

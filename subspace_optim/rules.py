@@ -277,8 +277,20 @@ class CompressedAdafactor(Adafactor):
         """Nothing: D still reads the momentum in the old basis, so step_ moves it."""
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
-        """One matrix at a time: U and D are as large as the parameter."""
+        """One matrix at a time, as U and D are as large as the parameter, unless the kernel has it as one function."""
         beta, plan = hyper.betas[0], bucket.plan
+        if plan.side is not None and hasattr(kernel, "compressed_adafactor_"):
+            moves = [
+                old is not new and hyper.moments != "keep"
+                for old, new in zip(bucket.previous, bucket.bases, strict=True)
+            ]
+            kernel.compressed_adafactor_(
+                *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq_row")),
+                *(bucket.slot("exp_avg_sq_col"), flat(bucket.previous), flat(bucket.bases), moves),
+                *(bucket.slot("step"), bucket.seeds, self._rates(bucket, hyper), beta, self.decay_rate),
+                *(self.clip_threshold, hyper.weight_decay, self.scale(hyper), plan.side, hyper.transform),
+            )
+            return
         torch._foreach_add_(bucket.slot("step"), 1)
         rates = self._rates(bucket, hyper).double().expand(len(bucket)).tolist()
         history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)

@@ -17,6 +17,7 @@ from cases import METHODS
 import subspace_optim as so
 from subspace_optim import _ext, ops, philox
 from subspace_optim.kernels import native, reference
+from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
 
 pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels: {_ext.load()}")
@@ -81,9 +82,9 @@ class Lists:
         )
         return own
 
-    def lengths(self):
-        """Moments of the row norms."""
-        return [[torch.ones(len(p), dtype=self.exp_avgs[0].dtype) for p in self.params] for _ in range(2)]
+    def averages(self, *dims):
+        """A vector along each of these dimensions of every parameter."""
+        return [[torch.ones(p.shape[dim], dtype=self.exp_avgs[0].dtype) for p in self.params] for dim in dims]
 
     def in_float64(self):
         def wide(tensors):
@@ -195,32 +196,33 @@ def test_projection(side, dtype):
     assert distance(got, want) < (1e-14 if wide == torch.float64 else 1e-6)
 
 
-def rows_stepped(lists, kernel, transform="none", zero_row=False):
-    """Parameter, moments and step counts after one step of GradNormLoRP's rule."""
-    m, n = lists.params[0].shape
-    rng = torch.Generator().manual_seed(1)
-    rank = lists.bases[0].shape[1]
+# ---- whole steps of rules --------------------------------------------------------------------------------------------
+
+
+def stepped_by(rule, lists, kernel, transform="none", zero_row=False, redrawn=False):
+    """The bucket after one step of the rule; its second member has a new basis if `redrawn`."""
+    (m, n), rank = lists.params[0].shape, lists.bases[0].shape[1]
     plan = Plan((m, n), (m, n), 0, lists.side, rank, lists.params[0].dtype, torch.device("cpu"))
-    bucket, wide = Bucket(plan, bool(lists.seeds)), plan.state_dtype
+    rng = torch.Generator().manual_seed(1)
+    bucket = Bucket(plan, bool(lists.seeds), grads=lists.grads, streams=lists.seeds)
     for i, param in enumerate(lists.params):
         bucket.params.append(param.clone(memory_format=torch.preserve_format))
         if zero_row:
             bucket.params[i][m // 2] = 0
-        lengths = torch.randn(2, m, generator=rng, dtype=torch.float64).to(wide)
-        slots = {"exp_avg": lists.exp_avgs[i], "exp_avg_sq": lists.exp_avg_sqs[i], "step": lists.steps[i]}
-        slots |= {"magnitude_exp_avg": lengths[0], "magnitude_exp_avg_sq": lengths[1].square()}
-        bucket.states.append({key: t.clone(memory_format=torch.preserve_format) for key, t in slots.items()})
-        bucket.bases.append(tuple(lists.bases[i :: len(lists.params)]))
-    bucket.grads, bucket.streams = lists.grads, lists.seeds
-    hyper = Hyper(lists.lr, (0.9, 0.99), 1e-8, 0.1, 0.5, transform, "keep")
-    so.rules.WeightNormAdam().step_(bucket, hyper, kernel)
+        state = {key: torch.randn(t.shape, generator=rng).to(t.dtype).square() for key, t in rule.init(plan).items()}
+        given = {"exp_avg": lists.exp_avgs, "exp_avg_sq": lists.exp_avg_sqs, "step": lists.steps}
+        state |= {k: v[i].clone(memory_format=torch.preserve_format) for k, v in given.items() if k in state}
+        bucket.states.append(state)
+        bucket.previous.append(tuple(lists.bases[i :: len(lists.params)]))
+        bucket.bases.append(tuple(q.flip(0) for q in bucket.previous[i]) if redrawn and i else bucket.previous[i])
+    rule.step_(bucket, Hyper(lists.lr, (0.9, 0.99), 1e-8, 0.1, 0.5, transform, "rotate"), kernel)
     return bucket
 
 
-def assert_same_rows(lists, **how):
-    got, want = (rows_stepped(lists, kernel, **how) for kernel in (native, reference))
+def assert_same_rule(rule, lists, **how):
+    got, want = (stepped_by(rule, lists, kernel, **how) for kernel in (native, reference))
     dtype = lists.params[0].dtype
-    rounding = 1e-14 if dtype == torch.float64 else 2e-6
+    rounding = 1e-13 if dtype == torch.float64 else 2e-6
     for key in want.states[0]:
         assert distance(got.slot(key), want.slot(key)) < rounding
     if dtype in (torch.float32, torch.float64):
@@ -231,25 +233,42 @@ def assert_same_rows(lists, **how):
         torch.testing.assert_close(a, b, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-4)
 
 
+RULES = (WeightNormAdam(), CompressedAdafactor(), CompressedAdafactor(scale_parameter=True, clip_threshold=0.1))
+every_rule = pytest.mark.parametrize("rule", RULES, ids=["rows", "compressed", "compressed_relative"])
+
+
+@every_rule
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("shape", "rank"), [*MATRICES, ((5, 1500), 2)], ids=str)
-def test_rows_are_those_of_the_rule(shape, rank, side, dtype):
-    assert_same_rows(Lists.random(shape, rank, side, dtype))
+def test_whole_steps_are_those_of_the_rule(shape, rank, side, dtype, rule):
+    assert_same_rule(rule, Lists.random(shape, rank, side, dtype))
 
 
+@every_rule
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("side", SIDES)
-def test_rows_with_transforms_and_without_direction(side, transform):
-    assert_same_rows(Lists.random((37, 53), 3, side, torch.float32), transform=transform, zero_row=True)
+def test_whole_steps_with_transforms_zero_rows_and_new_bases(side, transform, rule):
+    lists = Lists.random((37, 53), 3, side, torch.float32)
+    assert_same_rule(rule, lists, transform=transform, zero_row=True, redrawn=isinstance(rule, CompressedAdafactor))
 
 
+@every_rule
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ["params", "grads", "exp_avgs", "bases"])
-def test_rows_with_strides(name, side):
+def test_whole_steps_with_strides(name, side, rule):
     lists = Lists.random((37, 53), 3, side, torch.bfloat16)
     strided = [t.mT.contiguous().mT for t in getattr(lists, name)]
-    assert_same_rows(Lists(**{**vars(lists), name: strided}))
+    assert_same_rule(rule, Lists(**{**vars(lists), name: strided}))
+
+
+@every_rule
+@pytest.mark.parametrize("side", SIDES)
+def test_what_one_matrix_leaves_in_scratch_does_not_reach_the_next_whole_step(side, rule):
+    lists = Lists.random((300, 700), 9, side, torch.bfloat16)
+    alone = stepped_by(rule, lists, native).params[1]
+    lists.grads[0].fill_(math.nan)
+    assert torch.equal(stepped_by(rule, lists, native).params[1], alone)
 
 
 # ---- what is not a number, or hardly one ----------------------------------------------------------------------------
@@ -329,8 +348,20 @@ def digest():
                     found.update(stepped[name][0].view(torch.uint8).numpy().tobytes())
         lists = Lists.random((40, 1030), 2, "right", dtype, count=1)
         native.weight_norm_adam_(
-            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.lengths(), lists.bases, lists.steps),
+            *(
+                lists.params,
+                lists.grads,
+                lists.exp_avgs,
+                lists.exp_avg_sqs,
+                *lists.averages(0, 0),
+                lists.bases,
+                lists.steps,
+            ),
             *(lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, "right", "none"),
+        )
+        native.compressed_adafactor_(
+            *(lists.params, lists.grads, lists.exp_avgs, *lists.averages(0, 1), lists.bases, lists.bases, [False]),
+            *(lists.steps, lists.seeds, lists.lr, 0.9, 0.8, 1.0, 0.1, 0.5, "right", "none"),
         )
         found.update(lists.params[0].view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -392,8 +423,13 @@ def arguments(name, lists, transform="none"):
             False,
         ),
         "weight_norm_adam_": (
-            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.lengths(), lists.bases),
+            *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages(0, 0), lists.bases),
             *(lists.steps, lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+        ),
+        "compressed_adafactor_": (
+            *(lists.params, lists.grads, lists.exp_avgs, *lists.averages(0, 1)),
+            *(lists.bases, [b.clone() for b in lists.bases], [False, True], lists.steps, lists.seeds, lists.lr),
+            *(0.9, 0.8, 1.0, 0.1, 0.5, side, kind),
         ),
         "projected_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
@@ -402,14 +438,17 @@ def arguments(name, lists, transform="none"):
     }[name]
 
 
+OF_MATRICES = ("weight_norm_adam_", "compressed_adafactor_")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "side"),
     [
         (name, side)
-        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_", "weight_norm_adam_")
+        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_", *OF_MATRICES)
         for side in (None, *SIDES)
-        if side or name not in ("project", "weight_norm_adam_")  # which are for matrices
+        if side or name not in ("project", *OF_MATRICES)
     ],
 )
 def test_opcheck(name, side, dtype):

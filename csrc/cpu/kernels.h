@@ -47,6 +47,16 @@ struct Kernels {
   // W ← (length/‖u‖)·u by rows, from the element `begin` of the target on; where ‖u‖ or the old norm is zero, W ← u.
   void (*write_rows)(Target<A>, const A* u, const A* norm, const A* length, int64_t begin, int64_t rows,
                      int64_t columns);
+  // The mean of the squares of each of `rows` rows, from the element `begin` on.
+  void (*square_rows)(Source, int64_t begin, int64_t rows, int64_t columns, A* means);
+  // The same of the columns [first, last).
+  void (*square_columns)(Source, int64_t rows, int64_t columns, int64_t first, int64_t last, A* means);
+  // u = diag(row) G diag(column), of `rows` rows from the element `begin` on.
+  void (*scale)(Source g, int64_t begin, int64_t rows, int64_t columns, const A* row, const A* column, A* u);
+  // By Transform: of u, in place, by the gradient g. Returns how many elements "cautious" kept.
+  int64_t (*transform[3])(Source g, A* u, int64_t begin, int64_t end);
+  // Σ u².
+  double (*squares)(const A* u, int64_t begin, int64_t end);
 };
 
 struct Table {

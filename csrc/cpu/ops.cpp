@@ -79,6 +79,12 @@ void product(const Tensor& out, const Tensor& a, const Tensor& b, double beta = 
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
 }
 
+Tensor product_of(const Tensor& a, const Tensor& b) {
+  const Tensor out = torch::stable::new_empty(a, std::vector{a.size(0), b.size(1)});
+  product(out, a, b);
+  return out;
+}
+
 // Memory that the matrices of a list take turns in.
 class Scratch {
  public:
@@ -154,8 +160,8 @@ struct Writing {
 };
 
 // What cautious multiplies its update by: 1 / the share of elements kept.
-double cautious_scale(const AdamOptions& o, int64_t kept, int64_t count) {
-  return o.transform == Transform::cautious ? 1 / std::max(static_cast<double>(kept) / count, 1e-3) : 1;
+double cautious_scale(Transform transform, int64_t kept, int64_t count) {
+  return transform == Transform::cautious ? 1 / std::max(static_cast<double>(kept) / count, 1e-3) : 1;
 }
 
 // ---- loops over threads: boundaries fall on chunks, and no float is summed across them, so bits do not depend on them
@@ -235,9 +241,7 @@ void project(const Tensor& low, const Tensor& grad, const Subspace& s, Scratch& 
 std::pair<Tensor, Tensor> back_factors(const Tensor& update, const Subspace& s) {
   if (!s.left) return {update, transposed(*s.right)};
   if (!s.right) return {*s.left, update};
-  const Tensor wide = torch::stable::new_empty(update, std::vector{s.left->size(0), update.size(1)});
-  product(wide, *s.left, update);
-  return {wide, transposed(*s.right)};
+  return {product_of(*s.left, update), transposed(*s.right)};
 }
 
 // Where torch's product can write the parameter it does; otherwise blocks of back(N) are rounded into it, each once.
@@ -274,7 +278,7 @@ void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& para
   const Source g = source(grad);
   A *first = m.mutable_data_ptr<A>(), *second = v.mutable_data_ptr<A>();
   if (options.transform == Transform::cautious) {
-    how.factor *= cautious_scale(options, adam<A>(options.transform, h, grad, m, v, nullptr), count);
+    how.factor *= cautious_scale(options.transform, adam<A>(options.transform, h, grad, m, v, nullptr), count);
   }
   Written w(param);
   const Target<A> t = how.into<A>(w.memory);
@@ -327,7 +331,7 @@ void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& gr
   for (int64_t i = 0; i < rows; ++i) growth[i] = std::max<A>(norm[i] * decay - lr * growth[i], 0);
 
   const auto [a, b] = back_factors(low, s);
-  const double factor = -rate * scale * cautious_scale(options, kept, low.numel());
+  const double factor = -rate * scale * cautious_scale(options.transform, kept, low.numel());
   const Target<A> target = Writing{0, 1, false, seed, step}.into<A>(w.memory);
   over_blocks_of_rows([&, &a = a, &b = b](int64_t begin, int64_t count, Tensor block) {
     torch::stable::copy_(block, part(w.memory, 0, begin, count));
@@ -338,6 +342,84 @@ void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& gr
                        (begin + from) * columns, to - from, columns);
     });
   });
+  w.finish();
+}
+
+// x ← x + weight·(y + least - x), and its sum.
+template <class A>
+double average(A* x, const std::vector<A>& y, double weight, A least) {
+  double sum = 0;
+  const A kept = static_cast<A>(1 - weight), fresh = static_cast<A>(weight);
+  for (size_t i = 0; i < y.size(); ++i) sum += x[i] = kept * x[i] + fresh * (y[i] + least);
+  return sum;
+}
+
+struct FloraOptions {
+  double beta1, decay_rate, clip_threshold, weight_decay, scale;
+  Transform transform;
+};
+
+// Adafactor on the whole gradient with a compressed momentum; D is the one temporary as large as the matrix.
+template <class A>
+void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& grad, const Tensor& momentum,
+                     const Tensor& row_average, const Tensor& column_average, const Subspace& before,
+                     const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
+                     Scratch& wholes, Scratch& lows) {
+  const int64_t rows = param.size(0), columns = param.size(1), count = rows * columns;
+  const auto loops = kernels().of<A>();
+  const Tensor readable_grad = readable<A>(grad);
+  const Source g = source(readable_grad);
+  std::vector<A> row(rows), column(columns);
+  over_rows(rows, columns, [&](int64_t first, int64_t last) {
+    loops.square_rows(g, first * columns, last - first, columns, row.data() + first);
+  });
+  over_rows(columns, rows, [&](int64_t first, int64_t last) {
+    loops.square_columns(g, rows, columns, first, last, column.data());
+  });
+  A *row_data = row_average.mutable_data_ptr<A>(), *column_data = column_average.mutable_data_ptr<A>();
+  const double fresh = std::pow(step, -o.decay_rate);
+  const double mean = average<A>(row_data, row, fresh, static_cast<A>(1e-30)) / rows;
+  average<A>(column_data, column, fresh, static_cast<A>(1e-30));
+  for (int64_t i = 0; i < rows; ++i) row[i] = 1 / std::sqrt(row_data[i] / static_cast<A>(mean));
+  for (int64_t i = 0; i < columns; ++i) column[i] = 1 / std::sqrt(column_data[i]);
+
+  const Tensor whole = wholes.take(momentum, scalar_type<A>, {rows, columns});
+  A* d = whole.mutable_data_ptr<A>();
+  over_rows(rows, columns, [&](int64_t first, int64_t last) {
+    loops.scale(g, first * columns, last - first, columns, row.data() + first, column.data(), d + first * columns);
+  });
+  const Tensor low = lows.take(momentum, scalar_type<A>, {momentum.size(0), momentum.size(1)});
+  project<A>(low, whole, now, wholes);
+  const auto [a, b] = back_factors(momentum, before);
+  product(whole, a, b, 1 - o.beta1, o.beta1);
+  Tensor history = momentum;
+  if (carried) {
+    if (now.left) history = product_of(transposed(product_of(transposed(*before.left), *now.left)), history);
+    if (now.right) history = product_of(history, product_of(transposed(*before.right), *now.right));
+  }
+  const A *past = history.const_data_ptr<A>(), *present = low.const_data_ptr<A>();
+  A* next = momentum.mutable_data_ptr<A>();
+  const A kept_share = static_cast<A>(o.beta1), fresh_share = static_cast<A>(1 - o.beta1);
+  for (int64_t i = 0; i < momentum.numel(); ++i) next[i] = kept_share * past[i] + fresh_share * present[i];
+
+  std::atomic<int64_t> kept = 0;
+  const auto transform = loops.transform[static_cast<int>(o.transform)];
+  if (o.transform != Transform::none) {
+    over_chunks(count, [&](int64_t begin, int64_t end) { kept += transform(g, d, begin, end); });
+  }
+  std::vector<double> squares((count + kChunk - 1) / kChunk);
+  over_chunks(count, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += kChunk) {
+      squares[at / kChunk] = loops.squares(d, at, std::min(at + kChunk, end));
+    }
+  });
+  double sum = 0;
+  for (const double x : squares) sum += x;
+  const double rescale = cautious_scale(o.transform, kept, count);
+  const double clip = std::max(rescale * std::sqrt(sum / count) / o.clip_threshold, 1.0);
+  Written w(param);
+  const Writing how{1 - rate * o.weight_decay, -rate * o.scale * rescale / clip, false, seed, step};
+  write(how.into<A>(w.memory), whole, false);
   w.finish();
 }
 
@@ -389,7 +471,7 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
       const int64_t count = update.memory.numel();
       STD_TORCH_CHECK(count == lows[i].numel(), "an update must have the shape of its gradient");
       const int64_t kept = adam<A>(options.transform, h, readable<A>(lows[i]), m.memory, v.memory, n);
-      if (const double scale = cautious_scale(options, kept, count); scale != 1) {
+      if (const double scale = cautious_scale(options.transform, kept, count); scale != 1) {
         over_chunks(count, [&](int64_t begin, int64_t end) {
           for (int64_t j = begin; j < end; ++j) n[j] *= static_cast<A>(scale);
         });
@@ -443,7 +525,7 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
         project<A>(low, grads[i], spaces[i], blocks);
         A* n = low.template mutable_data_ptr<A>();
         const int64_t kept = adam<A>(options.transform, h, low, m.memory, v.memory, n);
-        how.factor *= cautious_scale(options, kept, low.numel());
+        how.factor *= cautious_scale(options.transform, kept, low.numel());
         apply<A>(params[i], low, spaces[i], how, blocks);
       }
       m.finish();
@@ -477,6 +559,35 @@ void weight_norm_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensor
       v.finish();
       length_m.finish();
       length_v.finish();
+    });
+  }
+}
+
+void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors row_averages,
+                             Tensors column_averages, Tensors previous, Tensors bases, std::vector<bool> carried,
+                             Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double decay_rate,
+                             double clip_threshold, double weight_decay, double scale, int64_t side,
+                             int64_t transform) {
+  const size_t count = params.size();
+  check(grads.size() == count && exp_avgs.size() == count && carried.size() == count && steps.size() == count);
+  check(row_averages.size() == count && column_averages.size() == count && (seeds.empty() || seeds.size() == count));
+  STD_TORCH_CHECK(side != kDense, "a dense tensor has no compressed momentum");
+  const auto before = subspaces(previous, side, count), now = subspaces(bases, side, count);
+  const auto rate = rates(lr, count);
+  const FloraOptions options{beta1, decay_rate, clip_threshold, weight_decay, scale, transform_of(transform)};
+  Scratch wholes, lows;
+  for (size_t i = 0; i < count; ++i) {
+    with_type_of(exp_avgs[i], [&](auto zero) {
+      using A = decltype(zero);
+      STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "shapes differ");
+      STD_TORCH_CHECK(row_averages[i].numel() == params[i].size(0), "one average a row");
+      STD_TORCH_CHECK(column_averages[i].numel() == params[i].size(1), "one average a column");
+      Written m(exp_avgs[i]), row(row_averages[i]), column(column_averages[i]);
+      step_compressed<A>(options, params[i], grads[i], m.memory, row.memory, column.memory, before[i], now[i],
+                         carried[i], increment(steps[i]), rate[i], seed_of(seeds, i), wholes, lows);
+      m.finish();
+      row.finish();
+      column.finish();
     });
   }
 }
@@ -518,5 +629,6 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("apply_", TORCH_BOX(&sso::apply_op));
   m.impl("projected_adam_", TORCH_BOX(&sso::projected_adam_op));
   m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));
+  m.impl("compressed_adafactor_", TORCH_BOX(&sso::compressed_adafactor_op));
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
 }

@@ -16,6 +16,7 @@ __all__ = [
     "adam_update_",
     "apply_",
     "back",
+    "compressed_adafactor_",
     "grad_max",
     "project",
     "projected_adam_",
@@ -135,6 +136,34 @@ def weight_norm_adam_(
     _ops.weight_norm_adam_(
         *(params, grads, exp_avgs, exp_avg_sqs, length_avgs, length_avg_sqs, bases, steps, seeds, lr),
         *(beta1, beta2, eps, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
+    )
+    _written(params)
+
+
+def compressed_adafactor_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    row_averages: list[Tensor],
+    column_averages: list[Tensor],
+    previous: list[Tensor],
+    bases: list[Tensor],
+    carried: list[bool],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    decay_rate: float,
+    clip_threshold: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """The whole step of rules.CompressedAdafactor, with D as the one temporary of the size of a matrix."""
+    _ops.compressed_adafactor_(
+        *(params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried, steps, seeds, lr, beta1),
+        *(decay_rate, clip_threshold, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
     )
     _written(params)
 
