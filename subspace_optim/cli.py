@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "svd+lion or random+adam+cautious",
     )
     _add_run_options(one)
+    one.add_argument(
+        "--fit",
+        metavar="SIZE",
+        help="make the run fit into so much memory, such as 24GB: checkpointing, micro-batch, precision, rank, the "
+        "cheapest first; options that are given stay (on a CPU: beside what Python and torch take)",
+    )
     where = one.add_argument_group("results")
     where.add_argument("--out", metavar="DIR", help="where checkpoints and reports go (default: a new folder in runs/)")
     where.add_argument(
@@ -123,13 +129,33 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--rank", type=int, metavar="R", help="of the adapter")
     change.set_defaults(function=_spectrum)
 
+    memory = commands.add_parser(
+        "plan",
+        help="how much memory a run would take, by category and layer, and what makes it fit",
+        description="Predict the peak memory of a run from shapes alone: nothing is trained and no weight is "
+        "allocated. The exit code is 1 where it does not fit into --gpu.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    memory.add_argument("--gpu", metavar="SIZE", help="what it is to fit into, such as 24GB (24·10⁹ bytes) or 22GiB")
+    memory.add_argument("--budget", metavar="SIZE", help="for the optimizer state: choose the rank of every matrix")
+    memory.add_argument("--json", metavar="FILE", help="write the plan there as well")
+    memory.add_argument("--optimizer", metavar="NAME", help="as of pretrain (default: galore)")
+    _add_model_options(memory)
+    memory.add_argument("--device", choices=("cpu", "cuda"), help="where it would run (default: cuda with --gpu)")
+    memory.add_argument("--vocab-size", type=int, metavar="N", help="(default: 4096 for tiny, otherwise 32000)")
+    memory.add_argument("--seq", "--seq-len", dest="seq_len", type=int, metavar="N", help="tokens per sequence")
+    memory.add_argument("--batch", "--batch-size", dest="batch_size", type=int, metavar="N", help="of a micro-batch")
+    memory.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
+    _add_projection_options(memory)
+    memory.set_defaults(function=_plan)
+
     here = commands.add_parser("backends", help="which kernels are available here, and why others are not")
     here.set_defaults(function=_backends)
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
+def _add_model_options(model: argparse._ActionsContainer) -> None:
     model.add_argument(
         "--model", metavar="SIZE", help=f"{', '.join(SIZES)}, or a .json file (default: tiny; grows on a GPU)"
     )
@@ -137,7 +163,24 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         model.add_argument(f"--{name}", type=int, metavar="N", help="in place of that of the size")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and gradients (default: float32)")
     model.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), help="(default: sdpa)")
-    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    model.add_argument(
+        "--gradient-checkpointing",
+        "--checkpointing",
+        dest="gradient_checkpointing",
+        action="store_true",
+        help="recompute activations to save memory",
+    )
+
+
+def _add_projection_options(update: argparse._ActionsContainer) -> None:
+    update.add_argument(
+        "--rank", type=_rank, metavar="R", help="of the projection; below 1: a fraction of the dimension"
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    _add_model_options(model)
     model.add_argument("--compile", action="store_true", help="run the model through torch.compile")
     model.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
 
@@ -158,9 +201,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence")
 
     update = parser.add_argument_group("optimization (defaults by optimizer and size, from the papers)")
-    update.add_argument(
-        "--rank", type=_rank, metavar="R", help="of the projection; below 1: a fraction of the dimension"
-    )
+    _add_projection_options(update)
     update.add_argument("--update-proj-gap", type=int, metavar="N", help="steps between refreshes of the projection")
     update.add_argument("--scale", type=float, metavar="X", help="of the projected update")
     update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
@@ -231,6 +272,13 @@ def _spectrum(given: dict[str, Any]) -> int:
     from subspace_optim.pretrain.spectrum import spectrum
 
     return spectrum(given)
+
+
+def _plan(given: dict[str, Any]) -> int:
+    _require_extra()
+    from subspace_optim.pretrain.planning import plan
+
+    return plan(given)
 
 
 def _backends(given: dict[str, Any]) -> int:

@@ -296,13 +296,14 @@ def _mark_state(recorder: _Recorder, model: nn.Module, optimizer: SubspaceOptimi
 
 
 def _set_ages(optimizer: SubspaceOptimizer) -> None:
-    """As on the first step, where bases are renewed part by part: the first part of each shape, its first one cold."""
+    """As on the first step, where bases are renewed part by part: one part of each shape, the largest matrix cold."""
+    aged = {param: state for param, state in optimizer.state.items() if isinstance(state.get("age"), int)}
+    coldest = max(aged, key=torch.numel, default=None)
     part: Counter[Any] = Counter()
-    for param, state in optimizer.state.items():
-        if isinstance(state.get("age"), int):
-            shape = param.shape, state["exp_avg"].shape
-            state["age"] = UNSET if not part[shape] else 10**9 if part[shape] < REFRESH_ELEMENTS else 0
-            part[shape] += param.numel()
+    for param, state in aged.items():
+        shape = param.shape, state["exp_avg"].shape
+        state["age"] = UNSET if param is coldest else 10**9 if part[shape] < REFRESH_ELEMENTS else 0
+        part[shape] += param.numel()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from subspace_optim.pretrain.display import Display, duration, size, table
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
 from subspace_optim.pretrain.model import find_device
+from subspace_optim.pretrain.planning import fit
 from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, write_json
 from subspace_optim.pretrain.sources import STDLIB, open_source
 
@@ -55,13 +56,15 @@ def pretrain(given: Mapping[str, Any]) -> int:
     out = Path(options.pop("out")).expanduser() if "out" in options else None
     overwrite = options.pop("overwrite", False)
     if "resume" in options:
+        if "fit" in options:
+            raise UserError(f"--fit {options['fit']}: cannot be given with --resume; a run goes on as it began")
         if overwrite:
             raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
         named = options.pop("resume")
         folder = Path(named).expanduser() if named else out or _latest_run()
         run = _resumed(folder, options, display, began)
     else:
-        config = resolve(settle(options))
+        config = resolve(_fitted(options, display) if "fit" in options else settle(options))
         folder = out or _free_folder(config)
         _check_folder(folder, overwrite)
         check(config)
@@ -88,6 +91,14 @@ def pretrain(given: Mapping[str, Any]) -> int:
     draw_run(run.folder / "report.png", report)
     _conclude(run, report)
     return 0
+
+
+def _fitted(options: dict[str, Any], display: Display) -> dict[str, Any]:
+    """The options, with what makes the run fit into --fit."""
+    capacity = options.pop("fit")
+    settled, found = fit(settle({"model": "tiny", **options}), capacity)
+    display.info(f"fit        {capacity}: {found.verdict()}")
+    return settled
 
 
 def check(config: RunConfig) -> None:
@@ -233,7 +244,12 @@ def _conclude(run: Run, report: Mapping[str, Any]) -> None:
     say = run.display.info
     say("")
     rows = [(text, size(memory[key])) for key, text in CATEGORIES.items()]
-    say(table(("memory", "size"), [*rows, (f"peak ({memory['peak_is']})", size(memory["peak"]))]))
+    rows += [
+        ("taken by the run at its peak", size(memory["peak"] - memory["before_the_model"])),
+        ("planned", size(report["plan"]["allocated"])),
+        (f"peak ({memory['peak_is']})", size(memory["peak"])),
+    ]
+    say(table(("memory", "size"), rows))
     say("")
     say(
         f"{duration(report['seconds']['total'])} in all; a step took {speed['step_ms']:.0f} ms, "

@@ -23,6 +23,7 @@ from subspace_optim.pretrain.config import Diverged, RunConfig, UserError, optim
 from subspace_optim.pretrain.data import Batches, Corpus, prepare
 from subspace_optim.pretrain.display import Display, count, duration, size
 from subspace_optim.pretrain.model import DTYPES, build_model, compiled, evaluate, summed_loss
+from subspace_optim.pretrain.planning import plan_run
 
 SKIPS_IN_A_ROW = 20
 _CURVE = ("step", "loss", "lr", "grad_norm", "step_seconds", "optimizer_seconds")
@@ -131,6 +132,8 @@ class Run:
             chosen = held_out.spread(config.eval_tokens)
             at_once = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
             self.validation = [held_out.read(indices) for indices in at_once]
+        with self.watch.phase("plan"):
+            self.plan = plan_run(config, self.corpus.vocab_size)
         with self.watch.phase("model"):
             self.memory = machine.MemoryMeter(self.device)
             if self.device.type == "cuda":
@@ -388,6 +391,8 @@ def introduce(run: Run) -> None:
     say(f"optimizer  {config.optimizer}, lr {config.lr:g}{source}")
     for line in run.optimizer.summary().splitlines():
         say(f"           {line}")
+    for number, line in enumerate(run.plan.table().splitlines()):
+        say(f"{'' if number else 'memory':11}{line}")
     say(
         f"budget     {config.steps} steps of {count(config.tokens_per_step)} tokens = "
         f"{count(config.steps * config.tokens_per_step)} tokens; results in {run.folder}"

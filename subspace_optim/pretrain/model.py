@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subspace_optim.planner import enable_checkpointing
 from subspace_optim.pretrain.config import RunConfig, UserError
 from subspace_optim.sizes import llama_options
 
@@ -64,7 +65,7 @@ def build_model(config: RunConfig, vocab_size: int, end_id: int) -> nn.Module:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"--attention {config.attention}: {reason}; use --attention sdpa") from error
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        enable_checkpointing(model)
     return model.train()
 
 

@@ -65,6 +65,7 @@ def make_report(run: Run) -> dict[str, Any]:
         },
         "seconds": {**run.watch.seconds, "total": sum(run.watch.seconds.values())},
         "bytes": memory_by_category(run),
+        "plan": run.plan.to_dict(),
         "curve": {
             "train": thinned(run.curve, per_step),
             "validation": [
