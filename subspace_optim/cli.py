@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from subspace_optim.pretrain.config import Failure, UserError
 from subspace_optim.pretrain.display import complain, table, write
 from subspace_optim.sizes import SIZES
+from subspace_optim.types import BITS, ROUNDINGS
 
 _EXTRA = ("numpy", "transformers", "tokenizers", "rich", "matplotlib")
 EXIT_CODES = (
@@ -207,6 +208,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
     update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
     update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")
+    for what in ("state", "basis"):
+        name = {"state": "moments", "basis": "bases"}[what]
+        update.add_argument(f"--{what}-bits", type=int, choices=BITS, help=f"of the {name} (default: 32)")
+    update.add_argument("--rounding", choices=ROUNDINGS, help="of bfloat16 weights (default: stochastic)")
     update.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 for none (default: 1)")
     update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")

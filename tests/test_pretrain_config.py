@@ -75,7 +75,13 @@ def test_what_is_said_is_kept():
     assert {key: getattr(run, key) for key in said} == said
     assert (run.seed, run.seq_len, run.batch_size, run.steps) == (5, 32, 3, 11)
     kept = {key: said[key] for key in ("rank", "lr", "betas", "scale", "update_proj_gap")}
+    kept |= {"state_bits": 32, "basis_bits": 32, "rounding": "stochastic"}
     assert run.optimizer_options == {"weight_decay": 0.0, "seed": 5, **kept}
+
+
+def test_storage_is_passed_on():
+    said = {"state_bits": 8, "basis_bits": 4, "rounding": "kahan"}
+    assert said.items() <= resolve(said).optimizer_options.items()
 
 
 def test_tokens_are_turned_into_steps():
@@ -142,6 +148,8 @@ REFUSED = [
     (["--model", "60mm"], "--model 60mm", "60m"),
     (["--model", "missing.json"], "--model missing.json", "No such file"),
     (["--lr", "0"], "--lr 0", "above 0"),
+    (["--state-bits", "16"], "--state-bits", "32, 8, 4"),
+    (["--rounding", "up"], "--rounding", "kahan"),
     (["--lr", "nan"], "--lr nan", "above 0"),
     (["--lr", "fast"], "--lr", "fast"),
     (["--scale", "-1"], "--scale -1", "above 0"),

@@ -109,6 +109,9 @@ class RunConfig:
     lr: float
     weight_decay: float
     betas: tuple[float, float] | None
+    state_bits: int
+    basis_bits: int
+    rounding: str
     batch_size: int
     accumulate: int
     steps: int
@@ -135,6 +138,9 @@ class RunConfig:
             "weight_decay": self.weight_decay,
             "rank": self.rank,
             "seed": self.seed,
+            "state_bits": self.state_bits,
+            "basis_bits": self.basis_bits,
+            "rounding": self.rounding,
             **{key: value for key, value in optional.items() if value is not None},
         }
 
@@ -216,7 +222,8 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key in ("update_proj_gap", "scale", "lr"):
         values.setdefault(key, getattr(defaults, key))
     fixed: dict[str, Any] = {
-        "weight_decay": 0.0, "betas": None, "dtype": "float32", "gradient_checkpointing": False, "compile": False,
+        "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32, "rounding": "stochastic",
+        "dtype": "float32", "gradient_checkpointing": False, "compile": False,
         "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
         "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "seed": 0,
         "eval_every": size.every, "save_every": size.every, "keep": 2,
