@@ -8,13 +8,13 @@ from functools import partial
 import interpreter  # noqa: F401
 import pytest
 import torch
+from buckets import bucket, error, twice
 from training import ALL_METHODS, assert_same, build, net, train
 
 from subspace_optim.kernels import reference, select
 from subspace_optim.kernels import triton as kernels
 
 ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "scale": 0.5}
-CANARY, PAD = 777.0, 3  # an odd distance, so that addresses are not aligned either
 HOST_LR = torch.tensor(0.7, dtype=torch.float64)
 BITS16 = (torch.bfloat16, torch.float16)
 
@@ -47,44 +47,6 @@ def fuse(monkeypatch):
 @pytest.fixture(params=["fused", "two kernels"])
 def path(request, fuse):
     fuse(256 if request.param == "fused" else 0)
-
-
-def guarded(tensor):
-    """A copy of it that lies between canaries, and those."""
-    buffer = torch.full((tensor.numel() + 2 * PAD,), CANARY, dtype=tensor.dtype)
-    inner = buffer[PAD:-PAD].view(tensor.shape)
-    inner.copy_(tensor)
-    return inner, (buffer[:PAD], buffer[-PAD:])
-
-
-def bucket(shape, rank, side, dtype, count=2):
-    """params, grads, exp_avgs, exp_avg_sqs, bases, steps; W is small beside an update, so that errors show."""
-    m, n = shape if side else (0, 0)
-    low = {None: shape, "right": (m, rank), "left": (rank, n), "both": (rank, rank)}[side]
-    sizes = {"left": (m,), "right": (n,), "both": (m, n), None: ()}[side]
-    return (
-        [torch.randn(shape).mul(0.01).to(dtype) for _ in range(count)],
-        [torch.randn(shape).to(dtype) for _ in range(count)],
-        [torch.randn(low) * 0.1 for _ in range(count)],
-        [torch.rand(low) for _ in range(count)],
-        [torch.linalg.qr(torch.randn(d, rank))[0].contiguous() for d in sizes for _ in range(count)],
-        [torch.tensor(float(i)) for i in range(count)],
-    )
-
-
-def twice(lists):
-    """Two copies of lists of tensors; the first between canaries, whose check is the third result."""
-    pairs = [[guarded(t) for t in column] for column in lists]
-    canaries = [c for column in pairs for _, around in column for c in around]
-    mine = [[t for t, _ in column] for column in pairs]
-    return mine, [[t.clone() for t in column] for column in lists], lambda: all((c == CANARY).all() for c in canaries)
-
-
-def error(a, b):
-    """Largest relative Frobenius error over two lists; NaN is never close."""
-    pairs = zip(a, b, strict=True)
-    errors = [(torch.dist(x.double(), y.double()) / y.double().norm().clamp(min=1e-30)).item() for x, y in pairs]
-    return torch.tensor([0.0, *errors]).max().item()  # which keeps a NaN
 
 
 def step_both(lists, side, transform="none", seeds=(), lr=HOST_LR):

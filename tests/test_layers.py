@@ -15,7 +15,7 @@ LAYERS = (
     ("types", "philox", "_ext", "sizes"),
     ("hyperparameters", "kernels", "kernels.reference", "storage", "distributed"),
     ("ops",),
-    ("kernels.native", "kernels.triton"),
+    ("kernels.native", "kernels.triton", "kernels.cuda"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
     ("monitor",),

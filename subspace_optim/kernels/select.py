@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,20 +14,21 @@ from ..types import Plan
 from . import native
 
 
-def _triton(plan: Plan | None) -> str | None:
-    """What triton.supports says; the module is imported only where it could run."""
+def _on_gpu(name: str, plan: Plan | None) -> str | None:
+    """What the module's `supports` says; it is imported only where it could run."""
     if plan is not None and plan.device.type != "cuda":
         return f"it is for CUDA, and the parameter is on {plan.device.type}"
     if not torch.cuda.is_available():
         return "this machine has no CUDA device"
-    if find_spec("triton") is None:
+    if name == "triton" and find_spec("triton") is None:
         return "triton is not installed"
-    return _module("triton").supports(plan)
+    return _module(name).supports(plan)
 
 
 # module → why it cannot step a plan (without one: any), or None. "auto" takes the first that can.
 IMPLS: dict[str, Callable[[Plan | None], str | None]] = {
-    "triton": _triton,
+    "cuda": partial(_on_gpu, "cuda"),
+    "triton": partial(_on_gpu, "triton"),
     "native": native.supports,
     "reference": lambda plan: None,
 }

@@ -1,0 +1,255 @@
+// The kernels. blockIdx.y says which tensor of a group, all of one shape.
+#pragma once
+
+#include "product.cuh"
+
+namespace sso {
+
+constexpr int kGroup = 64;  // tensors of one launch: their addresses are its arguments, which may take 4 KB
+
+struct Group {
+  void* out[kGroup];         // W, or where an update goes
+  const void* in[kGroup];    // G, R or N
+  float *m[kGroup], *v[kGroup];
+  const void* basis[kGroup];
+  uint64_t seed[kGroup];
+};
+
+// ---- of one number a tensor -----------------------------------------------------------------------------------------
+
+struct Steps {
+  float* step[kGroup];
+  double rate[kGroup];  // where the learning rate is not on the device
+};
+
+struct Schedule {
+  bool advance;
+  double beta1, beta2, eps;
+  bool eps_inside;
+  double weight_decay, scale;
+  const void* lr;  // on the device, or null
+  bool lr_double;
+  int lr_stride;  // 0: one for all
+};
+
+constexpr double kEpsFloor = 1e-19;  // as in reference.py
+
+__global__ void prepare(Steps steps, Schedule s, Scalars* scalars, int count) {
+  const int i = threadIdx.x;
+  if (i >= count) return;
+  const float step = *steps.step[i] + s.advance;
+  if (s.advance) *steps.step[i] = step;
+  const double correction1 = 1 - pow(s.beta1, static_cast<double>(step));
+  const double correction2 = std::sqrt(1 - pow(s.beta2, static_cast<double>(step)));
+  const double eps = s.eps > kEpsFloor ? s.eps : kEpsFloor;
+  double rate = steps.rate[i];
+  if (s.lr) {
+    rate = s.lr_double ? static_cast<const double*>(s.lr)[i * s.lr_stride]
+                       : static_cast<const float*>(s.lr)[i * s.lr_stride];
+  }
+  scalars[i] = {static_cast<float>(correction1 / correction2),
+                static_cast<float>(eps * correction1 / (s.eps_inside ? correction2 : 1)),
+                static_cast<float>(1 - rate * s.weight_decay), static_cast<uint32_t>(step), -rate * s.scale, 0};
+}
+
+struct Sources {
+  const void* data[kGroup];
+  int64_t size[kGroup];
+};
+
+// The largest absolute value to `out`, which is zero before; NaN if there is one. Without the sign bit the order of
+// floating-point numbers is that of their bits, infinity below every NaN.
+__global__ void __launch_bounds__(kThreads) absmax(Sources sources, Type type, double* out) {
+  const int64_t size = sources.size[blockIdx.y];
+  uint32_t largest = 0;
+  with_type(type, [&](auto* null) {
+    const auto* x = static_cast<const std::remove_pointer_t<decltype(null)>*>(sources.data[blockIdx.y]);
+    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun; i < size;
+         i += static_cast<int64_t>(gridDim.x) * kThreads * kRun) {
+      float run[kRun];
+      read(x + i, static_cast<int>(min(static_cast<int64_t>(kRun), size - i)), run);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) largest = max(largest, bits<uint32_t>(run[j]) & 0x7FFFFFFFu);
+    }
+  });
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, other));
+  if (threadIdx.x % 32 == 0 && largest > 0) {
+    const auto code = bits<unsigned long long>(static_cast<double>(bits<float>(largest)));
+    atomicMax(reinterpret_cast<unsigned long long*>(out + blockIdx.y), code & 0x7FFFFFFFFFFFFFFFu);
+  }
+}
+
+// ---- element by element ---------------------------------------------------------------------------------------------
+
+struct Dense {
+  Type in, out;
+  bool adam, advance;  // in is R, not N; and the moments have yet to advance
+  bool store, write;   // N to out; or into W, which is out
+  bool sign, stochastic;
+  int64_t counted;  // elements that the share of cautious is of, once it is known
+};
+
+__global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moments moments, Scalars* all, int64_t size) {
+  Scalars& scalars = all[blockIdx.y];
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun;
+  const int count = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kRun), size - first)));
+  int kept = 0;
+  if (count > 0) {
+    float x[kRun];
+    with_type(how.in, [&](auto* null) {
+      read(static_cast<const std::remove_pointer_t<decltype(null)>*>(group.in[blockIdx.y]) + first, count, x);
+    });
+    if (how.adam) {
+      float *m = group.m[blockIdx.y] + first, *v = group.v[blockIdx.y] + first;
+      const Adam<float> h = moments.at(scalars);
+      if (how.advance) {
+        kept = adam_run<true>(h, moments.transform, m, v, count, x);
+      } else {
+        adam_run<false>(h, moments.transform, m, v, count, x);
+      }
+    }
+    if (how.store) write(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
+    if (how.write) {
+      const Writing writing(scalars, how.counted, how.sign, how.stochastic, group.seed[blockIdx.y]);
+      with_type(how.out, [&](auto* null) {
+        writing.move(static_cast<decltype(null)>(group.out[blockIdx.y]), first, count, x);
+      });
+    }
+  }
+  if (how.advance && moments.transform == Transform::cautious) count_kept(scalars, kept);
+}
+
+// N ← N / the share that cautious kept.
+__global__ void __launch_bounds__(kThreads) rescale(Group group, const Scalars* scalars, int64_t size) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= size) return;
+  static_cast<float*>(group.out[blockIdx.y])[i] *= static_cast<float>(cautious_scale(scalars[blockIdx.y], size));
+}
+
+// ---- matrices: registers of 256 threads allow two blocks on a multiprocessor ----------------------------------------
+
+struct Shape {
+  int lines, depth, rank;
+};
+
+template <class T, bool left>
+SSO_DEVICE void project_lines(Accumulators& c, const T* grad, const T* basis, Shape s, int line, int column, int slices,
+                              T* stages) {
+  accumulate<T, left, false>(c, s.depth, slices, stages, nullptr, 0, [=](T* stage, int k) {
+    load_lines<T, left>(stage, grad, line, k, s.lines, s.depth);
+    load_basis(stage, basis, k, column, s.depth, s.rank, slices);
+  });
+}
+
+template <class T, bool left>
+SSO_DEVICE void write_columns(const Accumulators& c, int slices, T* stages, T* w, int line, int column, Shape s,
+                              const Writing& writing) {
+#pragma unroll 1
+  for (int q = 0; q < slices; ++q) {
+    over_runs<left>(c, q, stages, line, column, s.lines, s.depth,
+                    [&](const float(&x)[kRun], int, int, int64_t first, int count) {
+                      if (count > 0) writing.move(w, first, count, x);
+                    });
+  }
+}
+
+// R = G Q, or where `adam` N, to out: in float32 where `wide`, otherwise as G.
+template <class T, bool left>
+__global__ void __launch_bounds__(kThreads, 2)
+    project(Group group, Moments moments, bool adam, bool wide, Scalars* all, Shape s) {
+  T* stages = shared_memory<T>();
+  const int tiles = ceil_div(s.rank, kColumns), y = blockIdx.y;
+  const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
+  const int slices = min(kSlices, ceil_div(s.rank - column, kSlice));
+  Accumulators c;
+  c.clear();
+  project_lines<T, left>(c, static_cast<const T*>(group.in[y]), static_cast<const T*>(group.basis[y]), s, line, column,
+                         slices, stages);
+  int kept = 0;
+#pragma unroll 1
+  for (int q = 0; q < slices; ++q) {
+    over_runs<left>(c, q, stages, line, column, s.lines, s.rank,
+                    [&](float(&x)[kRun], int, int, int64_t first, int count) {
+                      if (count == 0) return;
+                      if (adam) {
+                        kept += adam_run<true>(moments.at(all[y]), moments.transform, group.m[y] + first,
+                                               group.v[y] + first, count, x);
+                      }
+                      if (wide) {
+                        write(static_cast<float*>(group.out[y]) + first, count, x);
+                      } else {
+                        write(static_cast<T*>(group.out[y]) + first, count, x);
+                      }
+                    });
+  }
+  if (adam && moments.transform == Transform::cautious) count_kept(all[y], kept);
+}
+
+// W ← decay·W + factor·N Qᵀ, N being `in`.
+template <class T, bool left>
+__global__ void __launch_bounds__(kThreads, 2)
+    apply(Group group, bool sign, bool stochastic, int64_t counted, const Scalars* all, Shape s) {
+  T* stages = shared_memory<T>();
+  const int tiles = ceil_div(s.depth, kColumns), y = blockIdx.y;
+  const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
+  const int slices = min(kSlices, ceil_div(s.depth - column, kSlice));
+  const T *update = static_cast<const T*>(group.in[y]), *basis = static_cast<const T*>(group.basis[y]);
+  Accumulators c;
+  c.clear();
+  accumulate<T, left, true>(c, s.rank, slices, stages, nullptr, 0, [=](T* stage, int k) {
+    load_lines<T, left>(stage, update, line, k, s.lines, s.rank);
+    load_turned_basis(stage, basis, column, k, s.depth, s.rank, slices);
+  });
+  const Writing writing(all[y], counted, sign, stochastic, group.seed[y]);
+  write_columns<T, left>(c, slices, stages, static_cast<T*>(group.out[y]), line, column, s, writing);
+}
+
+// The whole step of 64 lines: G is read once, W is read and written once, R and N never leave the multiprocessor.
+template <class T, bool left>
+__global__ void __launch_bounds__(kThreads, 2)
+    fused(Group group, Moments moments, bool stochastic, const Scalars* all, Shape s) {
+  T *stages = shared_memory<T>(), *updates = stages + kStages * kStage<T>;
+  const int line = blockIdx.x * kLines, y = blockIdx.y, slices = ceil_div(s.rank, kSlice);
+  const int pitch = kept_pitch<T, left>(s.rank);
+  const T* basis = static_cast<const T*>(group.basis[y]);
+  Accumulators c;
+  c.clear();
+  project_lines<T, left>(c, static_cast<const T*>(group.in[y]), basis, s, line, 0, slices, stages);
+#pragma unroll 1
+  for (int q = 0; q < slices; ++q) {
+    over_runs<left>(c, q, stages, line, 0, s.lines, s.rank,
+                    [&](float(&x)[kRun], int i, int j, int64_t first, int count) {
+                      if (count > 0) {
+                        adam_run<true>(moments.at(all[y]), moments.transform, group.m[y] + first, group.v[y] + first,
+                                       count, x);
+                      }
+#pragma unroll
+                      for (int e = 0; e < kRun; ++e) x[e] = e < count ? x[e] : 0;
+                      write(updates + (left ? (q * kSlice + i) * pitch + j : i * pitch + q * kSlice + j), kRun, x);
+                    });
+  }
+  const Writing writing(all[y], 0, false, stochastic, group.seed[y]);
+#pragma unroll 1
+  for (int column = 0; column < s.depth; column += kColumns) {
+    const int own = min(kSlices, ceil_div(s.depth - column, kSlice));
+    c.clear();
+    accumulate<T, left, true>(c, s.rank, own, stages, updates, pitch, [=](T* stage, int k) {
+      load_turned_basis(stage, basis, column, k, s.depth, s.rank, own);
+    });
+    write_columns<T, left>(c, own, stages, static_cast<T*>(group.out[y]), line, column, s, writing);
+  }
+}
+
+// Bytes of shared memory: of the stages, and where fused of N as well.
+template <class T>
+int shared_bytes() {
+  return kStages * kStage<T> * static_cast<int>(sizeof(T));
+}
+template <class T, bool left>
+int fused_bytes(int rank) {
+  const int rows = left ? ceil_div(rank, kSlice) * kSlice : kLines;
+  return shared_bytes<T>() + rows * kept_pitch<T, left>(rank) * static_cast<int>(sizeof(T));
+}
+
+}  // namespace sso

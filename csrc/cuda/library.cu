@@ -1,0 +1,177 @@
+// The plain C functions of subspace_optim._cuda, which subspace_optim/kernels/cuda.py calls: no torch, no allocation,
+// nothing waited for. Each returns CUDA's error code.
+//
+// A table is six rows of `count` numbers: the addresses of outputs, inputs, first moments, second moments and bases,
+// and seeds. The tensors of a row have one shape and lie on the device; the table itself is read before the return.
+#include <algorithm>
+
+#include "kernels.cuh"
+
+#define SSO_API extern "C" __attribute__((visibility("default"))) int
+
+namespace sso {
+namespace {
+
+// Calls f(group, number of its members, place of the first) until an error.
+template <class F>
+int over_groups(int64_t count, const F& f) {
+  for (int64_t first = 0; first < count; first += kGroup) {
+    const int error = f(static_cast<int>(std::min<int64_t>(kGroup, count - first)), first);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+Group group_of(const uint64_t* table, int64_t count, int members, int64_t first) {
+  Group group{};
+  const uint64_t* row = table + first;
+  for (int i = 0; i < members; ++i) {
+    group.out[i] = reinterpret_cast<void*>(row[i]);
+    group.in[i] = reinterpret_cast<const void*>(row[count + i]);
+    group.m[i] = reinterpret_cast<float*>(row[2 * count + i]);
+    group.v[i] = reinterpret_cast<float*>(row[3 * count + i]);
+    group.basis[i] = reinterpret_cast<const void*>(row[4 * count + i]);
+    group.seed[i] = row[5 * count + i];
+  }
+  return group;
+}
+
+dim3 grid(int64_t blocks, int members) { return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(members)); }
+int64_t blocks_of(int64_t size, int64_t each) { return (size + each - 1) / each; }
+
+Moments moments(double beta1, double beta2, int transform) {
+  return {static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+          static_cast<float>(1 - beta2), static_cast<Transform>(transform)};
+}
+
+// Calls f with a zero of the type and whether the projection is on the left, as types.
+template <class F>
+int with_kernel(int type, bool left, const F& f) {
+  const auto sided = [&](auto zero) { return left ? f(zero, std::true_type()) : f(zero, std::false_type()); };
+  switch (static_cast<Type>(type)) {
+    case Type::float32: return sided(float());
+    case Type::bfloat16: return sided(Bfloat16());
+    case Type::float16: return sided(Float16());
+  }
+  return -1;
+}
+
+}  // namespace
+}  // namespace sso
+
+using namespace sso;
+
+// Whether the current device and its driver can run these kernels.
+SSO_API sso_usable() { return usable(prepare); }
+
+SSO_API sso_scalars_bytes() { return sizeof(Scalars); }
+
+// Scalars of `count` tensors from their step counts, which advance first if asked to. lr is on the device; where it is
+// null, `rates` on the host are it.
+SSO_API sso_prepare(int64_t count, const uint64_t* steps, const double* rates, const void* lr, int lr_double,
+                    int lr_stride, int advance, double beta1, double beta2, double eps, int eps_inside,
+                    double weight_decay, double scale, void* scalars, void* stream) {
+  return over_groups(count, [&](int members, int64_t first) {
+    Steps group{};
+    for (int i = 0; i < members; ++i) {
+      group.step[i] = reinterpret_cast<float*>(steps[first + i]);
+      group.rate[i] = lr ? 0 : rates[first + i];
+    }
+    const int64_t offset = first * lr_stride * static_cast<int64_t>(lr_double ? sizeof(double) : sizeof(float));
+    const Schedule schedule{advance != 0, beta1, beta2, eps, eps_inside != 0, weight_decay, scale,
+                            lr ? static_cast<const char*>(lr) + offset : nullptr, lr_double != 0, lr_stride};
+    return launch(prepare, dim3(1), kGroup, 0, stream, group, schedule, static_cast<Scalars*>(scalars) + first, members);
+  });
+}
+
+// The largest |x| of every tensor to `out`, which is zero before.
+SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, int type, double* out, void* stream) {
+  return over_groups(count, [&](int members, int64_t first) {
+    Sources sources{};
+    int64_t largest = 0;
+    for (int i = 0; i < members; ++i) {
+      sources.data[i] = reinterpret_cast<const void*>(data[first + i]);
+      sources.size[i] = sizes[first + i];
+      largest = std::max(largest, sizes[first + i]);
+    }
+    if (largest == 0) return 0;
+    const int64_t blocks = std::min<int64_t>(512, blocks_of(largest, kThreads * kRun));
+    return launch(absmax, grid(blocks, members), kThreads, 0, stream, sources, static_cast<Type>(type), out + first);
+  });
+}
+
+// See Dense. The outputs are float32 where N is stored.
+SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, int out, int adam, int advance, int store,
+                  int write, double beta1, double beta2, int transform, int64_t counted, int sign, int stochastic,
+                  void* scalars, void* stream) {
+  if (size == 0) return 0;
+  const Dense how{static_cast<Type>(in), static_cast<Type>(out), adam != 0, advance != 0, store != 0, write != 0,
+                  sign != 0, stochastic != 0, counted};
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(dense, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
+                  group_of(table, count, members, first), how, moments(beta1, beta2, transform),
+                  static_cast<Scalars*>(scalars) + first, size);
+  });
+}
+
+SSO_API sso_rescale(int64_t count, const uint64_t* table, int64_t size, const void* scalars, void* stream) {
+  if (size == 0) return 0;
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(rescale, grid(blocks_of(size, kThreads), members), kThreads, 0, stream,
+                  group_of(table, count, members, first), static_cast<const Scalars*>(scalars) + first, size);
+  });
+}
+
+// G (lines, depth), or (depth, lines) where left, and its bases (depth, rank), both of `type`; the outputs are of it as
+// well, or float32 where `wide`.
+SSO_API sso_project(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                    int wide, int adam, double beta1, double beta2, int transform, void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using T = decltype(zero);
+    const int64_t tiles = blocks_of(lines, kLines) * blocks_of(rank, kColumns);
+    return over_groups(count, [&](int members, int64_t first) {
+      return launch(project<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
+                    group_of(table, count, members, first), moments(beta1, beta2, transform), adam != 0,
+                    wide != 0, static_cast<Scalars*>(scalars) + first, Shape{lines, depth, rank});
+    });
+  });
+}
+
+// W (lines, depth), or (depth, lines) where left, N and the bases, all of `type`.
+SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                  int64_t counted, int sign, int stochastic, const void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using T = decltype(zero);
+    const int64_t tiles = blocks_of(lines, kLines) * blocks_of(depth, kColumns);
+    return over_groups(count, [&](int members, int64_t first) {
+      return launch(apply<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
+                    group_of(table, count, members, first), sign != 0, stochastic != 0, counted,
+                    static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+    });
+  });
+}
+
+// As both, for a rank of at most kColumns and a transform that needs no share: not cautious.
+SSO_API sso_fused(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                  double beta1, double beta2, int transform, int stochastic, const void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using T = decltype(zero);
+    return over_groups(count, [&](int members, int64_t first) {
+      return launch(fused<T, side>, grid(blocks_of(lines, kLines), members), kThreads, fused_bytes<T, side>(rank),
+                    stream, group_of(table, count, members, first), moments(beta1, beta2, transform), stochastic != 0,
+                    static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+    });
+  });
+}
+
+// The most shared memory that a block of any kernel asks for, in bytes, if `fused` takes ranks up to this.
+SSO_API sso_shared_bytes(int type, int rank) {
+  return with_kernel(type, false, [&](auto zero, auto) {
+    using T = decltype(zero);
+    return std::max(fused_bytes<T, false>(rank), fused_bytes<T, true>(rank));
+  });
+}
+
+extern "C" __attribute__((visibility("default"))) const char* sso_error(int code) {
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}

@@ -1,0 +1,433 @@
+"""The steps of reference.py as CUDA kernels of csrc/cuda: a whole bucket at a time, in two or three launches.
+
+    prepare   step counts advance; bias corrections, decay and learning rate of each tensor, in float64 on the device
+    dense     moments, transform and the write of the parameter, in one pass; or a part of these
+    fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
+    project   larger ranks, first half: R, in whose epilogue the moments advance
+    apply     larger ranks, second half: back(N), in whose epilogue W is written
+
+Sixty-four tensors share a launch. Nothing here waits for the device, and a step can be captured in a CUDA graph.
+
+Products are of float32 with float32 accuracy, and of 16-bit gradients on the matrix units with basis and N rounded as
+the gradient was (0.2 % of an update's norm in bfloat16). Projections on both sides are made of two such products, the
+second in float32; cautious always takes the two halves, because its scale is known only between them. What is left to
+the reference: float64, and tensors that are not contiguous or not alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import CDLL, Array, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from functools import cache, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import TRANSFORMS, Plan, Side
+from . import reference
+from .reference import back, transform_
+
+__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
+FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
+
+_WORKSPACE = 2**27  # bytes of updates and rounded bases: a larger bucket is stepped in parts
+_LETTERS = {"i": c_int, "l": c_int64, "d": c_double, "p": c_void_p}
+_FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` there is the stream
+    "usable": "",
+    "scalars_bytes": "",
+    "shared_bytes": "ii",
+    "prepare": "lpppiiidddiddpp",
+    "grad_max": "lppipp",
+    "dense": "lpliiiiiiddiliipp",
+    "rescale": "lplpp",
+    "project": "lpiiiiiiiddipp",
+    "apply": "lpiiiiiliipp",
+    "fused": "lpiiiiiddiipp",
+}
+
+
+def bind(path: Path) -> CDLL:
+    """The library at this path, its functions declared."""
+    library = CDLL(str(path))
+    for name, letters in _FUNCTIONS.items():
+        getattr(library, f"sso_{name}").argtypes = [_LETTERS[letter] for letter in letters]
+    library.sso_error.argtypes, library.sso_error.restype = [c_int], c_char_p
+    return library
+
+
+@cache
+def load() -> CDLL | str:
+    """The library that csrc/build.py built, or the reason why it is not there."""
+    found = sorted(Path(__file__).parents[1].glob("_cuda*.so"))
+    if not found:
+        return "not built: SSO_BUILD_CUDA=1 makes pip install compile it with nvcc"
+    try:
+        return bind(found[0])
+    except (OSError, AttributeError) as error:
+        return f"{found[0].name} does not load: {error}"
+
+
+def supports(plan: Plan | None) -> str | None:
+    """Why a CUDA tensor of this plan cannot be stepped here, or None; without a plan, whether any can."""
+    library = load()
+    if isinstance(library, str):
+        return library
+    if torch.version.hip is not None:
+        return "not tried on ROCm"
+    why = _refusal(torch.device("cuda", torch.cuda.current_device()) if plan is None else plan.device)
+    if why is None and plan is not None and plan.dtype not in TYPES:
+        return f"no kernel for {plan.dtype}"
+    return why
+
+
+@lru_cache
+def _refusal(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    try:
+        with torch.cuda.device(device):
+            _check(_library().sso_usable())
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _library() -> CDLL:
+    library = load()
+    assert not isinstance(library, str), library
+    return library
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA error {code}: {_library().sso_error(code).decode()}")
+
+
+def _launch(name: str, device: torch.device, *arguments: Any) -> None:
+    function = getattr(_library(), f"sso_{name}")
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: no change
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        _check(function(*arguments, stream))
+
+
+# ---- what the library is given --------------------------------------------------------------------------------------
+
+
+class _Adam(NamedTuple):
+    """Moments that advance, and how."""
+
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    beta1: float
+    beta2: float
+    transform: str
+
+    @property
+    def numbers(self) -> tuple[float, float, int]:
+        return self.beta1, self.beta2, TRANSFORMS.index(self.transform)
+
+
+_NO_ADAM = _Adam((), (), 0.0, 0.0, "none")
+
+
+def _table(
+    out: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    adam: _Adam = _NO_ADAM,
+    bases: Sequence[Tensor] = (),
+    seeds: Sequence[int] = (),
+) -> Array[c_uint64]:
+    columns = (out, inputs, adam.exp_avgs, adam.exp_avg_sqs, bases)
+    rows = [[tensor.data_ptr() for tensor in column] or [0] * len(out) for column in columns]
+    values = tuple(chain(*rows, seeds or [0] * len(out)))
+    return (c_uint64 * len(values))(*values)
+
+
+def _prepared(
+    steps: Sequence[Tensor],
+    lr: Tensor | None,
+    weight_decay: float = 0.0,
+    scale: float = 0.0,
+    betas: tuple[float, float] | None = None,
+    eps: float = 0.0,
+    eps_inside: bool = False,
+) -> Tensor:
+    """Scalars (csrc/cuda/elements.cuh) of each tensor; with betas, the steps advance."""
+    count, device = len(steps), steps[0].device
+    scalars = torch.empty(count * _library().sso_scalars_bytes(), dtype=torch.uint8, device=device)
+    addresses = (c_uint64 * count)(*(step.data_ptr() for step in steps))
+    rate = lr if lr is None or lr.dtype in (torch.float32, torch.float64) else lr.double()
+    rates: Array[c_double] | None = None
+    where: tuple[int | None, bool, int] = (None, False, 0)
+    if rate is not None and _on_device(rate):
+        rate = rate.contiguous()
+        where = (rate.data_ptr(), rate.dtype == torch.float64, rate.ndim)
+    else:
+        rates = (c_double * count)(*([0.0] * count if rate is None else rate.double().expand(count).tolist()))
+    beta1, beta2 = betas or (0.0, 0.0)
+    numbers = (beta1, beta2, eps, eps_inside, weight_decay, scale)
+    _launch("prepare", device, count, addresses, rates, *where, betas is not None, *numbers, scalars.data_ptr())
+    return scalars
+
+
+def _on_device(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _fits(*columns: Sequence[Tensor], bases: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernels can address these: contiguous, and alike in each column."""
+    return all(
+        (tensor.is_contiguous() or column is bases)  # which _operands sees to
+        and tensor.dtype == column[0].dtype
+        and tensor.dtype in TYPES
+        and (tensor.shape == column[0].shape or column is bases)
+        for column in (*columns, bases)
+        for tensor in column
+    )
+
+
+def _operands(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """As the products take them: contiguous, in the type of the gradient."""
+    if tensors[0].dtype == dtype and all(tensor.is_contiguous() for tensor in tensors):
+        return tensors
+    shape = (len(tensors), *tensors[0].shape)
+    rounded = torch.empty(shape, dtype=dtype, device=tensors[0].device).unbind()
+    torch._foreach_copy_(list(rounded), list(tensors))
+    return rounded
+
+
+def _halves(bases: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The left and the right bases of projections on both sides."""
+    return bases[: len(bases) // 2], bases[len(bases) // 2 :]
+
+
+def _geometry(matrix: Tensor, basis: Tensor, side: Side | None) -> tuple[int, int, int, int]:
+    """left, lines, depth, rank: the lines of a matrix (m, n) are its rows, or columns on the left."""
+    m, n = matrix.shape
+    return (1, n, m, basis.shape[-1]) if side == "left" else (0, m, n, basis.shape[-1])
+
+
+# ---- the halves of a step -------------------------------------------------------------------------------------------
+
+
+def _low(
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    dtype: torch.dtype,
+    adam: _Adam = _NO_ADAM,
+    scalars: Tensor | None = None,
+) -> Sequence[Tensor]:
+    """R of every G, or with Adam N: its moments advance. In float32 or, unless on both sides, in the type of G."""
+    if side == "both":
+        lefts, rights = _halves(bases)
+        return _low(_low(grads, lefts, "left", torch.float32), rights, "right", dtype, adam, scalars)
+    kind = grads[0].dtype
+    bases = _operands(bases, kind)
+    left, lines, depth, rank = _geometry(grads[0], bases[0], side)
+    shape = (rank, lines) if left else (lines, rank)
+    out = torch.empty((len(grads), *shape), dtype=dtype, device=grads[0].device).unbind()
+    _launch(
+        *("project", grads[0].device, len(out), _table(out, grads, adam, bases), left, lines, depth, rank),
+        *(TYPES.index(kind), dtype == torch.float32, scalars is not None, *adam.numbers),
+        None if scalars is None else scalars.data_ptr(),
+    )
+    return out
+
+
+def _write(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side | None,
+    seeds: Sequence[int],
+    scalars: Tensor,
+    sign: bool = False,
+    counted: int = 0,
+) -> None:
+    """W of every back(N); `counted`: elements of N, where cautious has counted what it kept."""
+    kind, device, count = params[0].dtype, params[0].device, len(params)
+    if side is None:
+        _launch(
+            *("dense", device, count, _table(params, updates, seeds=seeds), params[0].numel()),
+            *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_NO_ADAM.numbers),
+            *(counted, sign, len(seeds) > 0, scalars.data_ptr()),
+        )
+        return
+    if side == "both":
+        lefts, rights = _halves(bases)
+        float32 = torch.float32
+        wide = _low(_operands(lefts, float32), _operands(updates, float32), "right", float32)  # P N
+        _write(params, wide, rights, "right", seeds, scalars, sign, counted)
+        return
+    updates, bases = _operands(updates, kind), _operands(bases, kind)
+    table = _table(params, updates, bases=bases, seeds=seeds)
+    _launch(
+        *("apply", device, count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind)),
+        *(counted, sign, len(seeds) > 0, scalars.data_ptr()),
+    )
+
+
+# ---- the functions of reference.py ----------------------------------------------------------------------------------
+
+
+def grad_max(grads: list[Tensor]) -> Tensor:
+    """See the reference; the result is on the device."""
+    if any(grad.dtype != grads[0].dtype or grad.dtype not in TYPES for grad in grads):
+        return reference.grad_max(grads)
+    count, device = len(grads), grads[0].device
+    dense = [grad.contiguous() for grad in grads]
+    out = torch.zeros(count, dtype=torch.float64, device=device)
+    addresses = (c_uint64 * count)(*(grad.data_ptr() for grad in dense))
+    sizes = (c_int64 * count)(*(grad.numel() for grad in dense))
+    _launch("grad_max", device, count, addresses, sizes, TYPES.index(grads[0].dtype), out.data_ptr())
+    return out
+
+
+def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+    """See the reference."""
+    if side is None or dtype != torch.float32 or not _fits(grads, bases=bases):
+        return reference.project(grads, bases, side, dtype)
+    return list(_low(grads, bases, side, dtype))
+
+
+def adam_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+) -> list[Tensor]:
+    """See the reference."""
+    if not _fits(lows, exp_avgs, exp_avg_sqs, steps) or not _are_float32(exp_avgs, exp_avg_sqs, steps):
+        return reference.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside)
+    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
+    adam = _Adam(exp_avgs, exp_avg_sqs, beta1, beta2, transform)
+    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside)
+    where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
+    kind = TYPES.index(lows[0].dtype)
+    _launch("dense", *where, size, kind, 0, True, True, True, False, *adam.numbers, 0, False, False, scalars.data_ptr())
+    if transform == "cautious":
+        _launch("rescale", *where, size, scalars.data_ptr())
+    return list(out)
+
+
+def _are_float32(*columns: Sequence[Tensor]) -> bool:
+    return all(column[0].dtype == torch.float32 for column in columns)
+
+
+def apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool = False,
+) -> None:
+    """See the reference."""
+    if not _fits(params, updates, steps, bases=bases) or not _are_float32(steps):
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign)
+        return
+    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
+    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale), sign)
+
+
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+    """See the reference; the step stays on the device."""
+    # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
+    minus_one = torch.tensor(-1.0, dtype=torch.float64)
+    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None)
+
+
+def projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+) -> None:
+    """See the reference."""
+    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases)
+    if not fits or not _are_float32(exp_avgs, exp_avg_sqs, steps):
+        reference.projected_adam_(
+            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform),
+        )
+        return
+    torch.autograd.graph.increment_version(params)
+    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps)
+    per_tensor = len(scalars) // len(params)
+    for at in _parts(params, exp_avgs, bases):
+        adam = _Adam(exp_avgs[at], exp_avg_sqs[at], beta1, beta2, transform)
+        if side == "both":
+            lefts, rights = _halves(bases)
+            own: Sequence[Tensor] = [*lefts[at], *rights[at]]
+        else:
+            own = bases[at]
+        part = scalars[at.start * per_tensor : at.stop * per_tensor]
+        _step(params[at], grads[at], adam, own, seeds[at], part, side)
+
+
+def _parts(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], bases: Sequence[Tensor]) -> list[slice]:
+    """Of a bucket: what each needs for a while, rounded bases and updates, is bounded."""
+    count = len(params)
+    elements = exp_avgs[0].numel() + sum(basis.numel() for basis in bases) // count if bases else 0
+    size = max(1, _WORKSPACE // max(1, elements * 4))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    adam: _Adam,
+    bases: Sequence[Tensor],
+    seeds: Sequence[int],
+    scalars: Tensor,
+    side: Side | None,
+) -> None:
+    kind, device, count = params[0].dtype, params[0].device, len(params)
+    cautious = adam.transform == "cautious"
+    counted = adam.exp_avgs[0].numel() if cautious else 0
+    if side is None:
+        table = _table(params, grads, adam, seeds=seeds)
+        types = (TYPES.index(grads[0].dtype), TYPES.index(kind))
+        for advance in (True, False) if cautious else (True,):  # cautious: moments and count, then the write
+            write = not (cautious and advance)
+            _launch(
+                *("dense", device, count, table, params[0].numel(), *types, True, advance, False, write),
+                *(*adam.numbers, counted if write else 0, False, len(seeds) > 0, scalars.data_ptr()),
+            )
+    elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
+        low = torch.float32 if side == "both" or grads[0].dtype != kind else kind
+        updates = _low(grads, bases, side, low, adam, scalars)
+        _write(params, updates, bases, side, seeds, scalars, counted=counted)
+    else:
+        bases = _operands(bases, kind)
+        _launch(
+            *("fused", device, count, _table(params, grads, adam, bases, seeds)),
+            *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, len(seeds) > 0),
+            scalars.data_ptr(),
+        )

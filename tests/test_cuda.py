@@ -1,0 +1,416 @@
+"""The CUDA kernels beside the reference, without a GPU: csrc/cuda compiled by g++ under tests/emulator/cuda.h.
+
+Uninitialised memory is NaN here, and every tensor that a kernel may write lies between canaries.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import emulated
+import pytest
+import torch
+from buckets import bucket, error, twice
+from training import ALL_METHODS, build, net, train
+
+from subspace_optim import _ext, philox
+from subspace_optim.kernels import cuda as kernels
+from subspace_optim.kernels import native, reference, select
+from subspace_optim.types import TRANSFORMS, make_plan
+
+pytestmark = pytest.mark.skipif(emulated.MISSING is not None, reason=str(emulated.MISSING))
+
+ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "scale": 0.5}
+RATE = torch.tensor(0.7, dtype=torch.float64)
+SEEDS = (2**62 + 12345, 7)
+SIDES = ("right", "left", "both")
+# Less than a tile, tiles and their edges; more than one tile of lines, of columns, and (130) of float32's fused rank.
+SHAPES = [((2, 9), 1), ((33, 17), 3), ((72, 64), 8), ((70, 270), 64), ((150, 140), 130)]
+SANITIZED = "SSO_EMULATOR_FLAGS" in os.environ
+if SANITIZED:  # which takes 20 times as long
+    SHAPES = [((2, 9), 1), ((33, 17), 3), ((70, 270), 5)]
+PADS = (3, 16)  # no address aligned, or all
+
+
+@pytest.fixture(scope="module")
+def library():
+    return emulated.library(*os.environ.get("SSO_EMULATOR_FLAGS", "").split())
+
+
+@pytest.fixture(scope="module")
+def tensor_cores():
+    return emulated.library(emulated.TF32X3)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(library, monkeypatch):
+    monkeypatch.setattr(kernels, "load", lambda: library)
+    library.emulator_order(emulated.RANDOM)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def two_halves(monkeypatch):
+    """What `fused` would take goes through `project` and `apply`."""
+    monkeypatch.setattr(kernels, "FUSED_RANK", dict.fromkeys(kernels.TYPES, 0))
+
+
+def whole(*shape):
+    return torch.randint(-9, 10, shape).float()
+
+
+def columns(d, rank):
+    """Of the identity, some negative: products with them are exact in every type."""
+    return torch.eye(d)[:, torch.randperm(d)[:rank]].contiguous() * torch.randint(0, 2, (rank,)).mul(2).sub(1)
+
+
+def step_both(lists, side, transform="none", seeds=(), lr=RATE, pad=3):
+    """After one step: of the kernels, and of the reference in float64 if the parameters are float32."""
+    mine, theirs, unharmed = twice(lists, pad)
+    arguments = (seeds, lr, *ADAM.values(), side, transform)
+    kernels.projected_adam_(*mine, *arguments)
+    assert unharmed()
+    if lists[0][0].dtype == torch.float32:
+        theirs = [[t.double() for t in column] for column in theirs]
+    reference.projected_adam_(*theirs, *arguments)
+    return mine, theirs
+
+
+def assert_close(mine, theirs, *bounds):
+    """Parameters, first and second moments within these; gradients, bases and steps as they must be."""
+    for a, b, bound in zip(mine, theirs, (bounds[0], 0, *bounds[1:], 0, 0), strict=True):
+        assert error(a, b) <= bound
+
+
+# ---- products: whole numbers, of which every sum is exact in whatever order and precision ---------------------------
+
+
+@pytest.mark.parametrize("order", [emulated.FORWARD, emulated.BACKWARD, emulated.RANDOM])
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_projections_are_exact(side, dtype, order, library):
+    library.emulator_order(order)
+    for shape, rank in SHAPES:
+        m, n = shape
+        sizes = {"right": (n,), "left": (m,), "both": (m, n)}[side]
+        grads = [whole(*shape).to(dtype) for _ in SEEDS]
+        bases = [whole(d, rank) if side != "both" else columns(d, rank) for d in sizes for _ in SEEDS]
+        (grads, bases), given, unharmed = twice((grads, bases), PADS[order % 2])
+        lows = kernels.project(grads, bases, side, torch.float32)
+        assert all(map(torch.equal, lows, reference.project(*given, side, torch.float32)))
+        assert unharmed()
+
+
+@pytest.mark.parametrize("order", [emulated.FORWARD, emulated.BACKWARD, emulated.RANDOM])
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_back_projections_are_exact_and_round_alike(side, dtype, order, library):
+    library.emulator_order(order)
+    for shape, rank in SHAPES:
+        m, n = shape
+        sizes, low = {
+            "right": ((n,), (m, rank)),
+            "left": ((m,), (rank, n)),
+            "both": ((m, n), (rank, rank)),
+        }[side]
+        params = [torch.randn(shape).to(dtype) for _ in SEEDS]
+        updates = [whole(*low) for _ in SEEDS]
+        bases = [whole(d, rank) if side != "both" else columns(d, rank) for d in sizes for _ in SEEDS]
+        steps = [torch.tensor(3.0), torch.tensor(70000.0)]
+        for seeds in ((), SEEDS):
+            mine, theirs, unharmed = twice((params, updates, bases, steps), PADS[order % 2])
+            for kernel, lists in ((kernels, mine), (reference, theirs)):
+                kernel.apply_(*lists, seeds, torch.tensor(2.0**-9), 0.0, 1.0, side, dtype == torch.float16)
+            assert all(map(torch.equal, mine[0], theirs[0]))
+            assert unharmed()
+
+
+def test_float32_products_on_tensor_cores(tensor_cores, monkeypatch):
+    """As three products of 11 bits: 1e-6, as Triton's tf32x3."""
+    monkeypatch.setattr(kernels, "load", lambda: tensor_cores)
+    for side in ("right", "left"):
+        for shape, rank in SHAPES[1:]:
+            mine, theirs = step_both(bucket(shape, rank, side, torch.float32, count=1), side)
+            assert_close(mine, theirs, 1e-6, 1e-6, 1e-6)
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), SHAPES, ids=str)
+def test_projected_adam(shape, rank, side, transform):
+    for pad in PADS:
+        mine, theirs = step_both(bucket(shape, rank, side, torch.float32), side, transform, pad=pad)
+        assert_close(mine, theirs, 1e-6, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), SHAPES[1:], ids=str)
+def test_projected_adam_half_precision(shape, rank, side, dtype):
+    """With 16-bit operands: the moments to 0.5 %, W (rounded itself) to 1 %; two roundings more on both sides."""
+    mine, theirs = step_both(bucket(shape, rank, side, dtype), side)
+    assert_close(mine, theirs, 2e-2 if side == "both" else 1e-2, 5e-3, 5e-3)
+
+
+@pytest.mark.parametrize("transform", ["none", "grams"])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_one_pass_and_two_halves_give_the_same_bits(side, transform, dtype, request):
+    lists = [bucket(shape, rank, side, dtype) for shape, rank in SHAPES[:4]]
+    mine = [step_both(own, side, transform, SEEDS, pad=16)[0] for own in lists]
+    request.getfixturevalue("two_halves")
+    for one, own in zip(mine, lists):
+        two, _ = step_both(own, side, transform, SEEDS, pad=16)
+        assert all(torch.equal(a, b) for pair in zip(one, two) for a, b in zip(*pair))
+
+
+def test_orders_of_threads_give_the_same_bits(library, two_halves):
+    for dtype in kernels.TYPES:
+        ends = []
+        for order in (emulated.FORWARD, emulated.BACKWARD, emulated.RANDOM):
+            library.emulator_order(order)
+            ends.append(step_both(bucket((70, 140), 65, "left", dtype), "left", "cautious", SEEDS)[0])
+        for other in ends[1:]:
+            assert all(torch.equal(a, b) for pair in zip(ends[0], other) for a, b in zip(*pair))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (7,), (33, 17), (2, 4100), (3, 2, 5)], ids=str)
+def test_dense(shape, dtype, transform):
+    """The bits of the CPU kernels, where those have been built; 16-bit W near those of the reference anyway."""
+    lists = bucket(shape, None, None, dtype, count=3)
+    seeds = (*SEEDS, 8)
+    for pad in PADS:
+        mine, theirs = step_both(lists, None, transform, seeds, pad=pad)
+        assert_close(mine, theirs, 1e-6 if dtype == torch.float32 else 4e-3, 1e-6, 1e-6)
+        if _ext.load() is None:
+            _, own, _ = twice(lists)
+            native.projected_adam_(*own, seeds, RATE, *ADAM.values(), None, transform)
+            assert all(torch.equal(a, b) for pair in zip(mine, own) for a, b in zip(*pair))
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.5, 0.25]), torch.tensor(0.5), torch.tensor(0.5).double()], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("side", [None, *SIDES])
+def test_rates_and_signs(side, on_device, lr, monkeypatch):
+    monkeypatch.setattr(kernels, "_on_device", lambda tensor: on_device)
+    params, _, updates, _, bases, steps = bucket((33, 17), 3, side, torch.float32)
+    for sign in (False, True):
+        mine, theirs, unharmed = twice((params, updates, bases, steps))
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            kernel.apply_(*lists, (), lr, 0.1, 0.5, side, sign)
+        assert error(mine[0], theirs[0]) < 1e-6
+        assert unharmed()
+
+
+@pytest.mark.parametrize("eps_inside", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_adam_update(dtype, transform, eps_inside):
+    _, lows, means, squares, _, steps = bucket((33, 17), None, None, dtype)
+    mine, theirs, unharmed = twice((lows, means, squares, steps))
+    out, expected = (
+        kernel.adam_update_(*lists, 0.8, 0.95, 1e-3, transform, eps_inside)
+        for kernel, lists in ((kernels, mine), (reference, [[t.float() for t in column] for column in theirs]))
+    )
+    assert error(out, expected) < 1e-6
+    for a, b in zip(mine[1:3], theirs[1:3]):
+        assert error(a, b) < 1e-6
+    assert unharmed()
+
+
+def test_first_steps_and_zero_gradients():
+    """The usual betas at k = 1, where 1 - β₂ᵏ has few digits in float32; a zero gradient moves nothing."""
+    params, grads, *_ = bucket((6, 4), None, None, torch.float32)
+    grads[1].zero_()
+    zeros = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    mine, theirs, _ = twice((params, grads, *zeros, [], [torch.zeros(()) for _ in params]))
+    arguments = ((), RATE, 0.9, 0.999, 1e-8, 0.0, 1.0, None, "none")
+    for _ in range(3):
+        kernels.projected_adam_(*mine, *arguments)
+        reference.projected_adam_(*theirs, *arguments)
+    assert error(mine[0], theirs[0]) < 1e-6
+    assert torch.equal(mine[0][1], params[1])
+
+
+@pytest.mark.parametrize("side", [None, "right", "both"])
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_gradients_of_another_type(dtype, grad_dtype, side):
+    lists = list(bucket((33, 17), 3, side, dtype))
+    lists[1] = [grad.to(grad_dtype) for grad in lists[1]]
+    mine, theirs, unharmed = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        kernel.projected_adam_(*own, (), RATE, *ADAM.values(), side, "none")
+    assert_close(mine, theirs, 1e-2, 5e-3, 5e-3)
+    assert unharmed()
+
+
+@pytest.mark.parametrize("side", [None, "right", "both"])
+def test_more_tensors_than_a_launch_holds(side, monkeypatch):
+    """And than the workspace does: a bucket is stepped in parts, no tensor twice, each with its own rate and seed."""
+    monkeypatch.setattr(kernels, "_WORKSPACE", 66 * 5 * 21 * 4)
+    lists = bucket((9, 5), 2, side, torch.float32 if side else torch.bfloat16, count=130)
+    mine, theirs = step_both(lists, side, seeds=range(130), lr=torch.linspace(0.1, 0.9, 130))
+    assert_close(mine, theirs, 1e-6 if side else 4e-3, 1e-6, 1e-6)
+
+
+# ---- what is not a number, or hardly one; rounding ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 7, 5000])
+def test_grad_max(count, dtype):
+    grads = [torch.randn(count).to(dtype) for _ in range(5)]
+    for grad, value in zip(grads[1:], (math.inf, -math.inf, math.nan, 0.0)):
+        grad[count // 2] = value
+    grads.append(torch.full((count,), -math.nan, dtype=dtype))
+    grads.append(torch.full((3, count), 5.0, dtype=dtype).T)
+    grads += [torch.tensor(float(i), dtype=dtype) for i in range(70)]
+    torch.testing.assert_close(kernels.grad_max(grads), reference.grad_max(grads), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_what_is_not_finite_stays_in_its_line(side):
+    lists = bucket((40, 70), 5, side, torch.bfloat16)
+    lists[1][0][3, 4] = math.nan
+    mine, theirs = step_both(lists, side)
+    for a, b in zip(mine[0], theirs[0]):
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-20, 1e12])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_gradients_of_extreme_size(scale, eps):
+    params, grads, means, squares, bases, steps = bucket((33, 17), None, None, torch.float32)
+    lists = [params, *([[(t * s).float() for t in column] for column, s in (
+        (grads, scale), (means, scale), (squares, scale**2))]), bases, steps]  # fmt: skip
+    mine, theirs, _ = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        kernel.projected_adam_(*own, (), RATE, 0.9, 0.99, eps, 0.1, 0.5, None, "none")
+    assert all(p.isfinite().all() for p in mine[0])
+    assert error(mine[0], theirs[0]) < 1e-6
+
+
+def test_stochastic_rounding_has_the_bits_of_philox():
+    for shape in ((1,), (7,), (8,), (33, 17), (3000,)):
+        value = torch.randn(shape)
+        for seed, step in ((0, 0), (2**63 - 1, 1), (12345678901234567, 2**24)):
+            (got,), (want,) = ([torch.zeros(shape, dtype=torch.bfloat16)] for _ in range(2))
+            kernels.write_(got, value, torch.tensor(float(step)), seed)
+            philox.stochastic_round_(want, value.clone(), seed, step)
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_write_to_nearest(dtype):
+    value, step = torch.randn(33, 17), torch.tensor(5.0)
+    mine = torch.full((33, 17), 3.0, dtype=dtype)
+    kernels.write_(mine, value, step, None)
+    assert torch.equal(mine, value.to(dtype))
+
+
+# ---- what is left to the reference, and whole optimizers ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["float64", "strided"])
+def test_left_to_the_reference(which):
+    lists = [*bucket((12, 9), 3, "right", torch.float32)]
+    if which == "float64":
+        lists = [[t.double() for t in column] for column in lists]
+    mine, theirs, _ = twice(lists)
+    if which == "strided":
+        mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        kernel.projected_adam_(*own, (), RATE, *ADAM.values(), "right", "none")
+    assert_close(mine, theirs, 1e-6, 1e-6, 1e-6)
+
+
+def test_a_stale_graph_is_refused():
+    lists = bucket((12, 9), 3, "right", torch.float32)
+    weight = lists[0][0].requires_grad_()
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        kernels.projected_adam_(*lists, (), RATE, *ADAM.values(), "right", "none")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def refuse_projected(allowed, *arguments):
+    """In place of a function of the reference: the kernels should have done it themselves."""
+    if allowed is None or arguments[2] is not None:
+        raise AssertionError("left to the reference")
+    return allowed(*arguments)
+
+
+WHOLE = ("galore", "galore_grams", "galore_lion", "galore_adafactor", "flora", "osd", "gradnormlorp", "adamw_cautious")
+
+
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in WHOLE], ids=str)
+def test_three_steps_of_an_optimizer(method, monkeypatch):
+    mine, theirs = net(), net()
+    opt, other = build(method, mine), build(method, theirs, backend="reference")
+    train(theirs, other, range(3))
+    monkeypatch.setattr(select, "resolve", lambda backend, plan: kernels)
+    for name in ("project", "adam_update_", "apply_", "projected_adam_"):
+        allowed = getattr(reference, name) if name == "project" else None  # of a dense gradient, it is the reference's
+        monkeypatch.setattr(reference, name, partial(refuse_projected, allowed))
+    train(mine, opt, range(3))
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+# ---- the library, and the emulator itself ---------------------------------------------------------------------------
+
+
+def test_every_backend_says_why_it_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    assert "cuda" in select.available()
+    for content, reason in ((None, "SSO_BUILD_CUDA=1"), (b"no library", "does not load")):
+        if content is not None:
+            (tmp_path / "_cuda.so").write_bytes(content)
+        monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels" / "cuda.py"))
+        assert reason in kernels.load.__wrapped__()
+
+
+def test_types_without_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr(kernels, "_refusal", lambda device: None)
+    for dtype, why in ((torch.float64, "no kernel for torch.float64"), (torch.bfloat16, None)):
+        assert kernels.supports(make_plan((8, 8), dtype, torch.device("cuda"), 2)) == why
+
+
+def test_errors_of_a_launch_are_raised():
+    """A grid of more than 65535 rows cannot be; nor can a kernel of a type that does not exist."""
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        kernels._check(1)
+
+
+@pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
+def test_under_sanitizers():
+    """Every read and write of global and shared memory, by AddressSanitizer; arithmetic and alignment, by UBSan."""
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(map(os.path.isabs, found)):
+        pytest.skip("g++ has no sanitizers here")
+    environment = {
+        **os.environ,
+        "SSO_EMULATOR_FLAGS": " ".join(emulated.SANITIZERS),
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command += ["-k", "(exact and 32-2) or (exact and bfloat16-2) or (bits and bfloat16-left) or (grad_max and 7)"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
