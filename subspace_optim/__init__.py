@@ -2,6 +2,7 @@
 
 from .engine import SubspaceOptimizer
 from .groups import param_groups
+from .importer import import_checkpoint
 from .kernels.select import available as backends
 from .layerwise import ProjectedBackward, average_gradients, project_in_backward
 from .monitor import LayerReport
@@ -43,6 +44,7 @@ __all__ = [
     "backends",
     "create",
     "export_lora",
+    "import_checkpoint",
     "param_groups",
     "plan",
     "project_in_backward",
