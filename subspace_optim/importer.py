@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import storage
 from .engine import SubspaceOptimizer, _name, _plan
 from .projectors import UNSET, Projector
 from .rules import Adam, Apollo, carried
@@ -212,7 +213,11 @@ def _fill_(plan: Plan, state: State, given: _Moments, projector: Projector | Non
         first, second = carried(first, own, plan.side), carried(second, tuple(q.square() for q in own), plan.side)
     values = {"step": torch.tensor(given.step), "exp_avg": first, "exp_avg_sq": second}
     values |= dict(zip(plan.basis_keys, bases, strict=True)) if bases else {}
+    coded = storage.codecs(plan)
     for key, value in values.items():
-        state[key].copy_(value)
+        if key in coded:
+            coded[key].encode_(value.contiguous(), state[key], state[f"{key}_scale"])
+        else:
+            state[key].copy_(value)
     if bases:
         state["age"] = age

@@ -15,6 +15,8 @@ from oracles.subspace import Basis
 from training import FIVE, noise, snapshot
 
 import subspace_optim as so
+from subspace_optim import storage
+from subspace_optim.engine import _plan
 
 SETTINGS = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
 GALORE = {"rank": 3, "update_proj_gap": 4, "scale": 0.5}
@@ -254,6 +256,29 @@ def test_dense_moments_start_in_the_subspace_of_the_first(shape, proj_type):
     before = snapshot(dict(enumerate(params)))
     train(opt, params, range(BEFORE, AFTER))
     assert all(not torch.equal(before[i], param) for i, param in enumerate(params))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_moments_and_bases_are_stored_in_the_bits_of_their_group(shape):
+    """Within the coarsest steps of 8 bits, relative to the largest element: 1/64 of a moment, 1/254 of a basis."""
+    params = matrices(shape, torch.float32)
+    theirs = adamw(params, range(BEFORE))
+    plain, coded = (
+        so.GaLore(groups(params, **GALORE), **SETTINGS, **options)
+        for options in ({}, {"state_bits": 8, "basis_bits": 8})
+    )
+    for opt in (plain, coded):
+        so.import_checkpoint(opt, theirs.state_dict())
+    for param, group in zip(params, coded.param_groups):
+        codecs = storage.codecs(_plan(param, group))
+        assert codecs
+        for key, codec in codecs.items():
+            if key in coded.state[param]:
+                kept, scales = coded.state[param][key], coded.state[param][f"{key}_scale"]
+                wanted = plain.state[param][key]
+                error = (codec.decode(kept, scales, torch.float32) - wanted).abs().max()
+                assert 0 < error <= wanted.abs().max() / 64, key
+    train(coded, params, [BEFORE])
 
 
 def test_random_bases_and_stacks_take_dense_moments():
