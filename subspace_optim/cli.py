@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from subspace_optim.pretrain.config import Failure, UserError
+from subspace_optim.pretrain.config import LAYERWISE, Failure, UserError
 from subspace_optim.pretrain.display import complain, table, write
 from subspace_optim.sizes import SIZES
 from subspace_optim.types import BITS, ROUNDINGS
@@ -213,6 +213,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         update.add_argument(f"--{what}-bits", type=int, choices=BITS, help=f"of the {name} (default: 32)")
     update.add_argument("--rounding", choices=ROUNDINGS, help="of bfloat16 weights (default: stochastic)")
     update.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 for none (default: 1)")
+    update.add_argument(
+        "--layerwise",
+        choices=LAYERWISE,
+        help="keep no whole gradient: project each one as backward makes it (hooks), or let the backward of linear "
+        "layers make the projected one (linear); a new projection is of the first micro-batch then (default: off)",
+    )
     update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -101,12 +101,12 @@ class SubspaceOptimizer(Optimizer):
         skipped_updates: how many updates of one tensor a gradient that was not finite has cost.
         last_grad_norm: what `clip_grad_norm_` last found; NaN before.
         lows: R of the tensors whose gradients were projected ahead of the coming step, one for each matrix.
-        in_backward: whether `project_in_backward` is on.
+        in_backward: whether `project_in_backward` is on, and how it renews bases.
     """
 
     observer = Observer()  # told of the work; not part of the state, and a copy begins with this one
     last_grad_norm: Tensor | float = math.nan
-    in_backward: bool = False
+    in_backward: Literal["exact", "early"] | None = None
 
     def __init__(
         self,
@@ -288,6 +288,34 @@ class SubspaceOptimizer(Optimizer):
         return self.projector.bases(plan, states)
 
     @torch.no_grad()
+    def renew_early(self, index: int, param: Tensor) -> None:
+        """Renew the bases of a projected tensor that are due in the coming step from the gradient that it has now.
+
+        As in the step, one that is zero or not finite renews nothing.
+
+        Args:
+            index: of the tensor's group.
+            param: the tensor.
+        """
+        group, plan, state = self.param_groups[index], self.plan_of(index, param), self.state[param]
+        position = next(position for position, _, _, own in self._positions() if own is param)
+        assert param.grad is not None
+        grads = plan.matrices(param.grad)
+        if not (select.resolve(self.backend, plan).grad_max(grads) <= GRAD_LIMIT).all():
+            return
+        if not state:
+            state.update(self._init_state(plan, group, position))
+        entry = _Entry(param, plan.matrices(param), state, _member_states(plan, state))
+        bucket = Bucket(plan, group["rounding"] == "stochastic", entry.matrices, grads, entry.members)
+        bucket.orders = [position + j for j in range(len(bucket))]
+        bucket.streams = [self._stream(plan, position, j) for j in range(len(bucket))]
+        for part in storage.parts(bucket):
+            opened = storage.opened(part)
+            self._refresh(group, opened, _hyper(group, plan))
+            storage.close_(part, opened)
+        entry.store()
+
+    @torch.no_grad()
     def project_gradients(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
         """R ← R + project(p.grad), and p.grad is freed, for all of the tensors of which the step needs no more than R.
 
@@ -447,19 +475,10 @@ class SubspaceOptimizer(Optimizer):
         return bucket, entries
 
     def _step_bucket(self, work: _Work) -> None:
-        group, plan, lr = work.group, work.bucket.plan, work.group["lr"]
-        hyper = Hyper(
-            lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-            betas=tuple(group["betas"]),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            scale=group["scale"] if plan.side else 1.0,
-            transform=group["transform"],
-            moments=group["moments"],
-        )
+        hyper = _hyper(work.group, work.bucket.plan)
         for part in storage.parts(work.bucket):
             bucket = storage.opened(part)
-            self._step_opened(group, bucket, hyper, work.kernel)
+            self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket)
         for entry in work.entries:
             entry.store()
@@ -699,6 +718,19 @@ def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
     return make_plan(
         *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"]),
         *(group["state_bits"], group["basis_bits"], group["rounding"]),
+    )
+
+
+def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
+    lr = group["lr"]
+    return Hyper(
+        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        betas=tuple(group["betas"]),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        scale=group["scale"] if plan.side else 1.0,
+        transform=group["transform"],
+        moments=group["moments"],
     )
 
 

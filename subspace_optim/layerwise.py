@@ -49,7 +49,7 @@ class ProjectedBackward:
         """Leave the model and the optimizer as they were. What has been accumulated stays for the coming step."""
         while self._undo:
             self._undo.pop()()
-        self.opt.in_backward = False
+        self.opt.in_backward = None
 
     def __enter__(self) -> ProjectedBackward:
         return self
@@ -62,7 +62,7 @@ class ProjectedBackward:
 
 
 def project_in_backward(
-    model: nn.Module | Iterable[Tensor], opt: SubspaceOptimizer, *, linear: bool = False
+    model: nn.Module | Iterable[Tensor], opt: SubspaceOptimizer, *, linear: bool = False, early: bool = False
 ) -> ProjectedBackward:
     """Project every gradient within backward, so that no more than R is kept of it.
 
@@ -81,6 +81,9 @@ def project_in_backward(
             dimension is projected (side right) xQ is kept for backward in the place of x. Other modules, and layers
             whose `forward` somebody has replaced, are served by hooks. Layers served so break the graph of
             torch.compile.
+        early: renew a basis that is due as soon as the first gradient exists, so that no whole gradient outlives its
+            layer, not even in the first step. With one micro-batch a step nothing else changes; with more, the basis
+            comes from the first one. Not for several ranks, whose gradients differ until they are averaged.
 
     Returns:
         A handle with `remove()`, also a context manager.
@@ -91,8 +94,9 @@ def project_in_backward(
             APOLLO), or the optimizer projects none of the tensors.
         RuntimeError: the optimizer is served already, or a tensor has a post-accumulate hook.
 
-    Deviations: arXiv 2403.03507 steps every layer within backward, which rules out accumulation, clipping by a global
-        norm and a step that can be skipped; here backward only projects.
+    Source: arXiv 2403.03507.
+    Deviations: the official code steps every layer within backward, which rules out accumulation, clipping by a
+        global norm and a step that can be skipped; here backward only projects.
     """
     if not isinstance(opt, SubspaceOptimizer):
         raise TypeError(f"project_in_backward needs an optimizer of this package, not {type(opt).__name__}")
@@ -133,16 +137,18 @@ def project_in_backward(
                 replaced.add(module.weight)
     for param, name in chosen.items():
         # A replaced weight has one as well: for its whole gradients, and for other uses of it.
-        hook = partial(_project, opt, groups[param], name)
+        hook = partial(_project, opt, groups[param], name, early)
         handle._undo.append(param.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
         (handle.linear if param in replaced else handle.hooked).append(name)
-    opt.in_backward = True
+    opt.in_backward = "early" if early else "exact"
     return handle
 
 
-def _project(opt: SubspaceOptimizer, index: int, name: str, param: Tensor) -> None:
+def _project(opt: SubspaceOptimizer, index: int, name: str, early: bool, param: Tensor) -> None:
     if len(param._post_accumulate_grad_hooks) > 1:
         raise RuntimeError(f"{name} has a second post-accumulate hook, which would find no gradient; remove it")
+    if early and param.grad is not None and opt.low_plan(index, param) is None:
+        opt.renew_early(index, param)
     opt.project_gradients([(index, param)])
 
 
@@ -159,11 +165,13 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
         group: of ranks; all by default.
 
     Raises:
-        RuntimeError: there is no process group, or ranks differ in what they projected.
+        RuntimeError: there is no process group, or ranks differ in their bases or in what they projected.
         TypeError: a gradient is sparse.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("average_gradients needs torch.distributed; call torch.distributed.init_process_group first")
+    if opt.in_backward == "early" and opt.projector is not None and opt.projector.needs_gradient:
+        raise RuntimeError("average_gradients: with early=True every rank has bases of its own gradients; leave it out")
     params = [(index, p) for index, g in enumerate(opt.param_groups) for p in g["params"] if p.requires_grad]
     device = params[0][1].device if params else torch.device("cpu")
     held = torch.tensor([(p in opt.lows, p.grad is not None) for _, p in params], dtype=torch.int32, device=device)

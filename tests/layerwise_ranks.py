@@ -105,6 +105,13 @@ def apart(rank):
     so.average_gradients(opt)
 
 
+def early():
+    net = model()
+    opt = optimizer(net)
+    so.project_in_backward(net, opt, early=True)
+    so.average_gradients(opt)
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -113,6 +120,7 @@ def main(folder):
     net = nn.Sequential(nn.Linear(8, 12))
     found["wrapped"] = message(TypeError, lambda: so.project_in_backward(DistributedDataParallel(net), optimizer(net)))
     found["wrapped later"] = message(RuntimeError, wrapped_later)
+    found["early"] = message(RuntimeError, early)
     found["apart"] = message(RuntimeError, lambda: apart(rank))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

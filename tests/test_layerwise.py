@@ -489,6 +489,68 @@ def test_a_watched_run_says_what_it_can():
     assert 0 < first["2.weight"] <= 1
 
 
+@pytest.mark.parametrize("method", SERVED, ids=str)
+def test_early_renewals_are_those_of_the_step(method):
+    """With one micro-batch a step: nothing but rounding differs, and no whole gradient is left, not even at first."""
+    ends = []
+    for early in (False, True):
+        params = net(torch.float64)
+        opt = build(method, params)
+        so.project_in_backward(params, opt, early=early)
+        for step in range(12):
+            gradients = {name: noise(1000 * step + i, SHAPES[name]) for i, name in enumerate(params)}
+            sum((params[name] * g).sum() for name, g in gradients.items()).backward()
+            if early:
+                assert [name for name, param in params.items() if param.grad is not None] == ["vector"]
+            opt.step()
+            opt.zero_grad()
+        ends.append(snapshot(params))
+    for name in ends[0]:
+        # As above; but an early renewal rounds the moments that it moves to their codes once more.
+        atol = 1e-8 if opt.param_groups[0]["state_bits"] == 32 else 1e-2
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@by_mode
+def test_quantised_state(linear, bits):
+    """Bases that are kept as codes are what R is seen in; moments differ by at most what their codes do."""
+    ends = []
+    for early in (None, False, True):
+        model = mlp(torch.float32)
+        opt = galore(model, state_bits=bits, basis_bits=bits)
+        if early is not None:
+            so.project_in_backward(model, opt, linear=linear, early=early)
+        settle(model, opt, 4)
+        ends.append(weights(model))
+        settle(model, opt, 4)
+    for name in ends[0]:
+        # Four steps of 0.01·0.25; a moment that rounds to the neighbouring code changes one by a part of it.
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(ends[2][name], ends[0][name], rtol=0, atol=1e-3)
+
+
+@by_mode
+def test_early_renewals_wait_for_a_gradient_that_says_something(linear):
+    """Zero, then not finite, then one that is: nothing is counted twice, and no basis comes of the first two."""
+    model = mlp()
+    opt = galore(model)
+    so.project_in_backward(model, opt, linear=linear, early=True)
+    (model(noise(0, (6, 8))) * 0).sum().backward()
+    assert all(param.grad is not None for param in model.parameters())
+    opt.step()
+    opt.zero_grad()
+    (model(noise(0, (6, 8))) * torch.inf).sum().backward()
+    opt.step()
+    opt.zero_grad()
+    assert opt.skipped_updates == 6
+    assert {state["age"] for state in opt.state.values() if "age" in state} == {-1}
+    backward(model, 0)
+    assert len(opt.lows) == 3
+    opt.step()
+    assert {state["age"] for state in opt.state.values() if "age" in state} == {1}
+
+
 # Models that are not a chain of layers
 
 
@@ -703,6 +765,7 @@ def test_data_parallel_wrappers_are_refused(ranks):
     for saved in ranks:
         assert "serves the module itself, not DistributedDataParallel" in saved["wrapped"]
         assert "has a gradient besides the one that was projected ahead" in saved["wrapped later"]
+        assert "every rank has bases of its own gradients" in saved["early"]
         assert "0.weight was projected ahead on some ranks only" in saved["apart"]
 
 

@@ -74,6 +74,8 @@ def test_the_loss_falls_under_every_optimizer(tmp_path, corpus, name):
         ("galore", ("--dtype", "bfloat16")),
         ("galore", ("--accumulate", 2, "--gradient-checkpointing", "--weight-decay", 0.1)),
         ("flora", ("--dtype", "bfloat16")),
+        ("galore", ("--layerwise", "hooks", "--accumulate", 2)),
+        ("random+adam", ("--layerwise", "linear", "--gradient-checkpointing")),
     ],
     ids=str,
 )
@@ -87,6 +89,24 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, corpus, name, more):
     shutil.copytree(whole / "checkpoints" / "step-00000004", resumed / "checkpoints" / "step-00000004")
     assert main(["pretrain", "--resume", str(resumed), "--quiet"]) == 0
     assert_same_state(state_at(resumed, 12), state_at(whole, 12))
+
+
+def test_a_run_is_the_same_layer_by_layer(tmp_path, corpus):
+    """To rounding, with fewer bytes of gradients; and each may go on with the other's checkpoint."""
+    runs = {}
+    for mode in ("off", "hooks", "linear"):
+        run = make_run(corpus, tmp_path / mode, layerwise=mode, clip=0.0)  # the norm is of R where the basis is new
+        run.optimizer.stagger = False
+        for _ in range(8):
+            assert run.advance()
+        runs[mode] = run.state()
+    for mode in ("hooks", "linear"):
+        assert runs[mode]["gradient_bytes"] < runs["off"]["gradient_bytes"]
+        losses = (runs[name]["curve"][:, 1] for name in (mode, "off"))
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=0)  # float32, enlarged by eight steps of Adam
+        again = make_run(corpus, tmp_path / f"{mode} again", layerwise="off")
+        again.load(runs[mode], {"corpus": again.corpus.key})
+        assert again.advance()
 
 
 def test_the_seed_decides_everything(tmp_path, corpus):

@@ -118,6 +118,7 @@ class RunConfig:
     warmup: int
     min_lr_ratio: float
     clip: float
+    layerwise: str
     seed: int
     eval_every: int
     eval_tokens: int
@@ -170,7 +171,8 @@ class RunConfig:
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
 # steps, which a person sets on purpose to train for longer.
-FREE_ON_RESUME = frozenset({"steps", "device", "compile", "eval_every", "save_every", "keep"})
+FREE_ON_RESUME = frozenset({"steps", "device", "compile", "layerwise", "eval_every", "save_every", "keep"})
+LAYERWISE = ("off", "hooks", "linear")
 
 
 def flag(name: str) -> str:
@@ -225,7 +227,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32, "rounding": "stochastic",
         "dtype": "float32", "gradient_checkpointing": False, "compile": False,
         "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
-        "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "seed": 0,
+        "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off", "seed": 0,
         "eval_every": size.every, "save_every": size.every, "keep": 2,
     }  # fmt: skip
     if values.get("warmup", 0) > values["steps"]:

@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> so.SubspaceOptimizer:
-    """The optimizer of a run.
+    """The optimizer of a run, projecting within backward if ``--layerwise`` was given.
 
     Args:
         model: The model.
@@ -48,9 +48,15 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> so.SubspaceOptimizer:
         UserError: The name or one of the options is refused.
     """
     try:
-        return so.create(model, config.optimizer, **config.optimizer_options)
+        optimizer = so.create(model, config.optimizer, **config.optimizer_options)
     except (ValueError, TypeError) as error:
         raise UserError(f"--optimizer {config.optimizer}: {error}") from error
+    if config.layerwise != "off":
+        try:
+            so.project_in_backward(model, optimizer, linear=config.layerwise == "linear", early=True)
+        except ValueError as error:
+            raise UserError(f"--layerwise {config.layerwise}: {error}; leave --layerwise out") from error
+    return optimizer
 
 
 def check_optimizer(config: RunConfig) -> None:
@@ -255,9 +261,10 @@ class Run:
                 (nll / self.config.tokens_per_step).backward()  # type: ignore[no-untyped-call]
                 total += nll.detach()
         with self.watch.phase("optimizer"):
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf).item()
+            held = (*(p.grad for p in self.parameters), *(r for lows in self.optimizer.lows.values() for r in lows))
+            self.gradient_bytes = self.gradient_bytes or machine.storage_bytes(held)
+            norm = self.optimizer.clip_grad_norm_(self.config.clip or math.inf).item()
             loss = total.item() / self.config.tokens_per_step
-            self.gradient_bytes = self.gradient_bytes or machine.storage_bytes(p.grad for p in self.parameters)
             lr = self.optimizer.param_groups[0]["lr"]
             moved = math.isfinite(loss) and math.isfinite(norm)
             if moved:
