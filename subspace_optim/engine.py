@@ -18,17 +18,19 @@ from functools import partial
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
-from . import philox, storage
+from . import distributed, philox, storage
+from .distributed import Axes
 from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector
 from .rules import Adam, Kernel, Rule, flat
-from .types import Bases, Bucket, Hyper, Plan, State, make_plan, stack_states, unstack_state
+from .types import Bases, Bucket, Hyper, Plan, State, make_plan, stack_states, state_axes, unstack_state
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
@@ -39,20 +41,27 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(slots=True)
 class _Entry:
-    """A parameter as its matrices (one, unless stacked), each with its own state."""
+    """A parameter (of a sharded one, its shard) as its matrices (one, unless stacked), each with its own state."""
 
     param: Tensor
     matrices: list[Tensor]
     state: State
     members: list[State]
 
+    @classmethod
+    def of(cls, plan: Plan, param: Tensor, state: State) -> _Entry:
+        """The entry of a parameter with this state."""
+        shard = distributed.local(param)
+        return cls(shard, plan.matrices(shard), state, _member_states(plan, state))
+
     def store(self) -> None:
-        """Write back what the step could not reach in place: ints of stacked states, parameters that have no view."""
-        if self.members[0] is not self.state:
-            for key, column in self.state.items():
-                if column.dtype == torch.int64:
-                    column.copy_(torch.tensor([member[key] for member in self.members]))
-        if self.matrices[0].data_ptr() != self.param.data_ptr():
+        """Write back what the step could not reach in place: ints, parameters that have no view."""
+        for key, column in self.state.items():
+            if not isinstance(column, Tensor):
+                self.state[key] = self.members[0][key]
+            elif column.dtype == torch.int64:
+                distributed.local(column).copy_(torch.tensor([member[key] for member in self.members]))
+        if self.matrices and self.matrices[0].data_ptr() != self.param.data_ptr():
             self.param.copy_(torch.stack(self.matrices).view(self.param.shape))
 
 
@@ -64,6 +73,18 @@ class _Work:
     bucket: Bucket
     kernel: Kernel
     entries: list[_Entry]
+
+
+@dataclass(slots=True)
+class _Match:
+    """A parameter and its state in a state dict, beside the state that it needs, whole and on the meta device."""
+
+    name: str
+    param: Tensor
+    plan: Plan
+    saved: State
+    wanted: State
+    axes: dict[str, tuple[Axes, tuple[int, ...]]]
 
 
 class SubspaceOptimizer(Optimizer):
@@ -209,8 +230,24 @@ class SubspaceOptimizer(Optimizer):
         taken[id(param)] = name
         if param.dtype not in _DTYPES:
             raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
-        if hasattr(param, "device_mesh"):
-            raise TypeError(f"{name} is a DTensor; sharded parameters are not supported by this version")
+        try:
+            distributed.Layout.of(param)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+
+    def _refuse_flattened(self) -> None:
+        """Without this, wrappers that flatten weights would turn a projection into AdamW without a word."""
+        params = [param for _, _, _, param in self._positions()]
+        who = next(filter(None, map(distributed.flattened_by, params)), None)
+        asked = any(group["rank"] is not None for group in self.param_groups)
+        if who and asked and all(param.ndim < 2 for param in params):
+            own = type(self).__name__
+            raise ValueError(
+                f"{own}: {who} has flattened every parameter, but a projection needs matrices. Shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which keeps their shapes; or use DDP, with "
+                f"torch.distributed.optim.ZeroRedundancyOptimizer(params, {own}, ...) to spread the state (ZeRO-1); "
+                "FSDP1 keeps shapes under use_orig_params=True with ShardingStrategy.NO_SHARD alone"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -331,10 +368,10 @@ class SubspaceOptimizer(Optimizer):
                 alike.setdefault(plan, []).append(param)
         for plan, params in alike.items():
             kernel = select.resolve(self.backend, plan)
-            grads = [g for param in params if param.grad is not None for g in plan.matrices(param.grad)]
+            grads = [g for param in params for g in self._grads(plan, param)]
             bases = flat([own for param in params for own in self.bases(plan, param)])
             lows = kernel.project(grads, bases, plan.side, plan.state_dtype)
-            count = plan.stack or 1
+            count = len(plan.members)
             for i, param in enumerate(params):
                 self.add_low(param, lows[i * count : (i + 1) * count])
                 param.grad = None
@@ -373,21 +410,33 @@ class SubspaceOptimizer(Optimizer):
             raise ValueError(f"clip_grad_norm_: max_norm={max_norm!r} must be > 0; math.inf only measures")
         everything = [(index, param) for _, index, _, param in self._positions()]
         self.project_gradients(everything)
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        held = [self.lows.get(param, [param.grad]) for _, param in everything]  # in an order that all ranks share
-        for grad in (grad for grads in held for grad in grads if grad is not None):
-            alike.setdefault((grad.device, grad.dtype), []).append(grad)
+        alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        squares: list[tuple[distributed.Sharding, list[int], Tensor]] = []  # of sharded tensors, on this rank
+        for index, param in everything:  # in an order that all ranks share
+            if param.grad is None and param not in self.lows:
+                continue
+            plan = self.plan_of(index, param)
+            held = self.lows[param] if param in self.lows else [distributed.settled_grad(param)]
+            for grad in held:
+                alike.setdefault((grad.device, grad.dtype, plan.sharding.mesh is None), []).append(grad)
+            if plan.sharding.mesh is not None:
+                axes = plan.low_axes if param in self.lows else range(len(plan.matrix))
+                own = [torch.linalg.vector_norm(grad, dtype=plan.state_dtype).double().square() for grad in held]
+                cuts = plan.sharding.cuts(distributed.STACK, *axes)
+                squares.append((plan.sharding, cuts, sum(own, torch.zeros((), device=plan.device).double())))
         device = next(iter(alike), (torch.device("cpu"),))[0]
         norms = [
             torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.promote_types(dtype, torch.float32))))
-            for (_, dtype), grads in alike.items()
+            for (_, dtype, here), grads in alike.items()
+            if here
         ]
+        norms += [square.sqrt().view(1) for square in distributed.together(dist.ReduceOp.SUM, squares)]
         joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1)
         self.last_grad_norm = norm = torch.linalg.vector_norm(joint)
         usable = torch.linalg.vector_norm(torch.where(joint.isfinite(), joint, 0))
         if max_norm != math.inf:
             factor = (max_norm / (usable + 1e-6)).clamp(max=1)
-            for (where, dtype), grads in alike.items():
+            for (where, dtype, _), grads in alike.items():
                 torch._foreach_mul_(grads, factor.to(where, dtype))
         return norm
 
@@ -403,6 +452,8 @@ class SubspaceOptimizer(Optimizer):
 
     def _collect(self) -> list[_Work]:
         """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
+        if not self.state:
+            self._refuse_flattened()
         members: dict[tuple[int, Plan, bool], list[tuple[int, Tensor]]] = {}
         for position, index, i, param in self._positions():
             ahead = param in self.lows
@@ -422,43 +473,56 @@ class SubspaceOptimizer(Optimizer):
                 self._check_state(_name(group, i), plan, group, state)
             members.setdefault((index, plan, ahead), []).append((position, param))
         kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
+        grads = {
+            key: [grad for _, param in tensors for grad in self._grads(key[1], param)]
+            for key, tensors in members.items()
+        }
+        peaks = distributed.together(
+            dist.ReduceOp.MAX,
+            [(plan.sharding, plan.sharding.cuts(), kernels[plan].grad_max(g)) for (_, plan, _), g in grads.items()],
+        )
         return [
             _Work(group, bucket, kernels[plan], entries)
-            for (index, plan, _), tensors in members.items()
+            for (index, plan, ahead), largest in zip(members, peaks, strict=True)
             for group in [self.param_groups[index]]
-            for bucket, entries in [self._bucket(plan, group, tensors, kernels[plan])]
+            for key in [(index, plan, ahead)]
+            for bucket, entries in [self._bucket(plan, ahead, group, members[key], grads[key], largest)]
             if len(bucket)
         ]
 
     @staticmethod
     def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
-        why, (_, shape) = storage.mismatch(plan, state), storage.kept_shape(plan, "exp_avg")
+        why, (_, shape) = storage.mismatch(plan.whole, state), storage.kept_shape(plan.whole, "exp_avg")
         if why is None and state["exp_avg"].shape != shape:
             why = f"state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} and "
             why += f"proj_type={group['proj_type']!r} need {shape}"
         if why is not None:
             raise ValueError(f"{name} has {why}; keep what the run began with")
 
+    def _grads(self, plan: Plan, param: Tensor) -> list[Tensor]:
+        """What the step starts from: R of what was projected ahead of it, otherwise the gradient, by matrices."""
+        return self.lows[param] if param.grad is None else plan.matrices(distributed.settled_grad(param))
+
     def _bucket(
-        self, plan: Plan, group: dict[str, Any], tensors: list[tuple[int, Tensor]], kernel: Kernel
+        self,
+        plan: Plan,
+        ahead: bool,
+        group: dict[str, Any],
+        tensors: list[tuple[int, Tensor]],
+        grads: list[Tensor],
+        peaks: Tensor,
     ) -> tuple[Bucket, list[_Entry]]:
         """The matrices of a plan that take part in this step, and the parameters that they belong to."""
-        ahead = tensors[0][1] in self.lows
-        grads = [
-            grad
-            for _, param in tensors
-            for grad in (self.lows[param] if param.grad is None else plan.matrices(param.grad))
-        ]
-        measured = iter(zip(grads, kernel.grad_max(grads).tolist(), strict=True))
+        measured = iter(zip(grads, peaks.tolist(), strict=True))
         bucket, entries = Bucket(plan, group["rounding"] == "stochastic", projected=ahead), []
         for position, param in tensors:
             state = self.state[param]
             fresh = not state
             if fresh:
                 state.update(self._init_state(plan, group, position))
-            entry = _Entry(param, plan.matrices(param), state, _member_states(plan, state))
+            entry = _Entry.of(plan, param, state)
             entries.append(entry)
-            for j, (matrix, member) in enumerate(zip(entry.matrices, entry.members, strict=True)):
+            for j, matrix, member in zip(plan.members, entry.matrices, entry.members, strict=True):
                 grad, largest = next(measured)
                 # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
                 if fresh and largest == 0 and float(group["lr"]) == 0:
@@ -514,11 +578,13 @@ class SubspaceOptimizer(Optimizer):
         if self.rule.looks_behind:
             stale = set(due)
             bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]
-        at_once = max(1, REFRESH_ELEMENTS // math.prod(plan.matrix))
+        at_once = max(1, REFRESH_ELEMENTS // math.prod(plan.whole.matrix))  # the same on every rank
         for chunk in (due[i : i + at_once] for i in range(0, len(due), at_once)):
             targets = dict(zip(chunk, self.rule.targets(bucket.part(chunk)), strict=True))
             if projector.needs_gradient:
-                targets = {i: target for i, target in targets.items() if bool(target.any())}
+                flags = torch.stack([target.any() for target in targets.values()]).double()
+                seen = plan.sharding.max([flags])[0].tolist()
+                targets = {i: target for (i, target), flag in zip(targets.items(), seen, strict=True) if flag}
             if not targets:
                 continue
             part = bucket.part(list(targets))
@@ -535,15 +601,31 @@ class SubspaceOptimizer(Optimizer):
                 bucket.bases[i] = bases
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
+        numbers = plan.members or [0]  # a rank without a matrix of the stack has state of its shape, and no elements
+        members = [self._init_member(plan, group, position, j) for j in numbers]
+        if plan.stack is None:
+            state = members[0]
+        else:
+            state = {key: column[: plan.stack] for key, column in stack_states(members).items()}
+        for key, (axes, shape) in self._axes(plan, group, position).items():
+            state[key] = plan.sharding.spread(state[key], axes, shape)
+        return state
+
+    def _axes(self, plan: Plan, group: dict[str, Any], position: int) -> dict[str, tuple[Axes, tuple[int, ...]]]:
+        """The state tensors that are DTensors: all of a sharded parameter's but the step count."""
+        if plan.sharding.mesh is None:
+            return {}
+        axes = state_axes(plan, lambda other: self._init_member(other, group, position, 0))
+        return {key: (carried, shape) for key, (carried, shape) in axes.items() if shape}
+
+    def _init_member(self, plan: Plan, group: dict[str, Any], position: int, j: int) -> State:
+        """State of one matrix, or of a dense tensor."""
         if plan.side is None:
             return storage.allocated(plan, self.dense_rule.init)
-        members = []
-        for j in range(plan.stack or 1):
-            member = storage.allocated(plan, partial(self._init_matrix, self._stream(plan, position, j)))
-            if member["age"] != UNSET:
-                member["age"] += self._offset(position + j, group)
-            members.append(member)
-        return stack_states(members) if plan.stack else members[0]
+        member = storage.allocated(plan, partial(self._init_matrix, self._stream(plan, position, j)))
+        if member["age"] != UNSET:
+            member["age"] += self._offset(position + j, group)
+        return member
 
     def allocate_state(self) -> None:
         """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
@@ -565,7 +647,7 @@ class SubspaceOptimizer(Optimizer):
     def _stream(self, plan: Plan, position: int, j: int) -> int:
         """The seed of the j-th matrix of the parameter at a position."""
         seed = self._seed(position)
-        return philox.mix(seed, j) if plan.stack else seed
+        return seed if plan.stack is None else philox.mix(seed, j)
 
     def _seed(self, position: int) -> int:
         return philox.mix(self.seed, position)
@@ -578,8 +660,20 @@ class SubspaceOptimizer(Optimizer):
                 yield position, index, i, param
                 position += 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; once there is state, every parameter that requires a gradient has some.
+
+        torch.distributed.checkpoint reads into a fresh optimizer, for which it makes all state: what a checkpoint left
+        out, because a parameter has not had a gradient yet, it would miss.
+        """
+        if self.state:
+            self.allocate_state()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
+
+        Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
             ValueError: the state is of another optimizer, rank or model. Nothing has been changed then.
@@ -587,20 +681,16 @@ class SubspaceOptimizer(Optimizer):
         loaded: dict[str, Any] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            for name, _param, plan, saved, wanted in self._matched(incoming):
-                self._check_loaded(name, plan, saved, wanted)
+            for match in self._matched(incoming):
+                self._check_loaded(match)
             loaded.update(incoming)
 
         def restore(_: Optimizer) -> None:
-            for _name, param, _plan, saved, wanted in self._matched(loaded):
-                for key, value in saved.items():
+            for match in self._matched(loaded):
+                for key, value in match.saved.items():
                     if isinstance(value, Tensor):
-                        # Ints of stacked states are read at every step: on a GPU that would wait for it.
-                        device = torch.device("cpu") if value.dtype == torch.int64 else param.device
-                        value = value.detach().to(
-                            *(device, wanted[key].dtype), copy=True, memory_format=torch.contiguous_format
-                        )
-                    self.state[param][key] = value
+                        value = self._placed(match, key, value.detach())
+                    self.state[match.param][key] = value
 
         # As hooks, so that hooks of the user's run before and after in the usual order.
         handles = (
@@ -613,8 +703,8 @@ class SubspaceOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _matched(self, state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor, Plan, State, State]]:
-        """(name, parameter, plan, state in the state dict, state it needs on the meta device), where there is one."""
+    def _matched(self, state_dict: dict[str, Any]) -> Iterator[_Match]:
+        """The parameters that the state dict has state for."""
         groups = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         if sizes[0] != sizes[1]:
@@ -622,25 +712,38 @@ class SubspaceOptimizer(Optimizer):
         for position, index, i, param in self._positions():
             saved = state_dict["state"].get(groups[index]["params"][i])
             if saved:
-                group = {**self.defaults, **groups[index]}
-                plan = replace(_plan(param, group), device=torch.device("meta"))
-                yield _name(self.param_groups[index], i), param, plan, saved, self._init_state(plan, group, position)
+                group = {**self.defaults, **groups[index], "params": self.param_groups[index]["params"]}
+                plan = _plan(param, group)
+                wanted = self._init_state(replace(plan.whole, device=torch.device("meta")), group, position)
+                axes = self._axes(plan, group, position)
+                yield _Match(_name(self.param_groups[index], i), param, plan, saved, wanted, axes)
 
-    def _check_loaded(self, name: str, plan: Plan, saved: State, wanted: State) -> None:
-        if why := storage.mismatch(plan, saved):
-            raise ValueError(f"{name}: the checkpoint holds {why}; set that option as in the run that wrote it")
-        if set(saved) != set(wanted):
+    def _check_loaded(self, match: _Match) -> None:
+        if why := storage.mismatch(match.plan.whole, match.saved):
+            raise ValueError(f"{match.name}: the checkpoint holds {why}; set that option as in the run that wrote it")
+        if set(match.saved) != set(match.wanted):
             raise ValueError(
-                f"{name}: the checkpoint holds {', '.join(sorted(saved))}, but {type(self).__name__} keeps "
-                f"{', '.join(sorted(wanted))}; load it into the optimizer, with the rank and options, that wrote it"
+                f"{match.name}: the checkpoint holds {', '.join(sorted(match.saved))}, but {type(self).__name__} keeps "
+                f"{', '.join(sorted(match.wanted))}; load it into the optimizer, with the rank and options, that wrote "
+                "it"
             )
-        for key, value in wanted.items():
-            given, needed = _describe(saved[key]), _describe(value)
+        for key, value in match.wanted.items():
+            given, needed = _describe(match.saved[key]), _describe(value)
             if given != needed:
                 raise ValueError(
-                    f"{name}: the checkpoint's {key} is {given}, but a parameter of shape {plan.shape} needs "
-                    f"{needed}; load it into the model and groups that wrote it"
+                    f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
+                    f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
                 )
+
+    @staticmethod
+    def _placed(match: _Match, key: str, value: Tensor) -> Tensor:
+        """A copy of a loaded tensor in its own dtype, where and as this parameter's is kept."""
+        axes, _ = match.axes.get(key, (None, None))
+        value = distributed.whole(value) if axes is None else match.plan.sharding.placed(value, axes)
+        # Ints of stacked states are read at every step: on a GPU that would wait for it.
+        here = value.dtype != torch.int64 or axes is not None
+        device = match.param.device if here else torch.device("cpu")
+        return value.to(device, match.wanted[key].dtype, copy=True, memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
@@ -658,7 +761,8 @@ class SubspaceOptimizer(Optimizer):
         """Look at every n-th step from now on, for `report`.
 
         A look costs one more projection of every gradient, and for the time of the step 1 MiB a matrix. Steps in
-        between cost nothing; a refresh is timed, for which a GPU is waited for.
+        between cost nothing; a refresh is timed, for which a GPU is waited for. Of sharded parameters the figures are
+        of the whole: then every rank has to watch.
 
         Args:
             every: steps between two looks, ≥ 1.
@@ -684,12 +788,13 @@ class SubspaceOptimizer(Optimizer):
         """(random stream, name, plan) of every matrix."""
         for position, index, i, param in self._positions():
             plan, name = _plan(param, self.param_groups[index]), _name(self.param_groups[index], i)
-            for j in range(plan.stack or 1):
-                yield self._stream(plan, position, j), f"{name}[{j}]" if plan.stack else name, plan
+            for j in plan.members:
+                yield self._stream(plan, position, j), name if plan.stack is None else f"{name}[{j}]", plan
 
     def state_bytes(self) -> int:
-        """Memory held by all state tensors, every storage counted once."""
-        tensors = (value for state in self.state.values() for value in state.values() if isinstance(value, Tensor))
+        """Memory held here by all state tensors, every storage counted once; of sharded ones, their shards."""
+        values = (distributed.local(value) for state in self.state.values() for value in state.values())
+        tensors = (value for value in values if isinstance(value, Tensor))
         return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
     def summary(self) -> str:
@@ -715,10 +820,14 @@ class SubspaceOptimizer(Optimizer):
 
 
 def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
-    return make_plan(
-        *(tuple(param.shape), param.dtype, param.device, group["rank"], group["proj_type"], group["batch_dims"]),
-        *(group["state_bits"], group["basis_bits"], group["rounding"]),
-    )
+    options = (group["rank"], group["proj_type"], group["batch_dims"])
+    kept = (group["state_bits"], group["basis_bits"], group["rounding"])
+    try:
+        layout = distributed.Layout.of(param)
+        return make_plan(tuple(param.shape), param.dtype, param.device, *options, *kept, layout)
+    except ValueError as error:
+        i = next(i for i, own in enumerate(group["params"]) if own is param)
+        raise ValueError(f"{_name(group, i)} {error}") from None
 
 
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
@@ -735,8 +844,9 @@ def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
 
 
 def _member_states(plan: Plan, state: State) -> list[State]:
-    """The states of the matrices of a tensor."""
-    return unstack_state(state, plan.stack) if plan.stack else [state]
+    """The states of the matrices of a tensor: tensors are the memory of the state's, ints of a stack are copies."""
+    here = state if plan.sharding.mesh is None else {key: distributed.local(value) for key, value in state.items()}
+    return [here] if plan.stack is None else unstack_state(here, plan.stack)
 
 
 def _name(group: dict[str, Any], i: int) -> str:

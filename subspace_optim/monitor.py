@@ -106,11 +106,11 @@ class Monitor(Observer):
         """Time it, and compare the bases before and after."""
         plan = bucket.plan
         had_basis = [state["age"] != UNSET for state in bucket.states]
-        before = [_orthonormal(bases) for bases in projector.bases(plan, bucket.states)]
+        before = [_orthonormal(plan, bases) for bases in projector.bases(plan, bucket.states)]
         begin = _now(plan)
         yield
         seconds = (_now(plan) - begin) / len(bucket)
-        after = [_orthonormal(bases) for bases in projector.bases(plan, bucket.states)]
+        after = [_orthonormal(plan, bases) for bases in projector.bases(plan, bucket.states)]
         overlaps = torch.stack([_overlap(old, new) for old, new in zip(before, after, strict=True)]).tolist()
         for i, stream in enumerate(bucket.streams):
             layer = self._layer(stream)
@@ -131,7 +131,8 @@ class Monitor(Observer):
         before = [_sample(param).clone() for param in bucket.params]
         yield
         dtype = bucket.plan.state_dtype
-        moved = torch.stack([_movement(p, w, dtype) for p, w in zip(bucket.params, before, strict=True)])
+        squares = torch.stack([_movement(p, w, dtype) for p, w in zip(bucket.params, before, strict=True)]).square_()
+        moved = bucket.plan.sharding.sum([squares])[0].sqrt_()
         rows = torch.cat([captured, moved, torch.stack(bucket.slot("step")).to(dtype)[:, None]], 1)
         for stream, (inside, whole, change, weight, step) in zip(bucket.streams, rows.tolist(), strict=True):
             layer = self._layer(stream)
@@ -155,14 +156,14 @@ class Monitor(Observer):
             (target,) = rule.targets(bucket.part([i]))  # one at a time: it may be as large as the gradient
             (low,) = kernel.project([target], list(bases), plan.side, plan.state_dtype)
             inside = torch.zeros_like(low) if bucket.states[i]["age"] == UNSET else _whitened(low, bases, plan)
-            rows.append(
-                torch.stack([torch.linalg.vector_norm(x, dtype=plan.state_dtype).square() for x in (inside, target)])
-            )
+            target = target.to(plan.state_dtype)
+            norms = [plan.sharding.norm(x, a, (-2, -1)) for x, a in ((inside, plan.low_axes), (target, (0, 1)))]
+            rows.append(torch.stack(norms).square_())
         return torch.stack(rows)
 
     def _layer(self, stream: int) -> LayerReport:
         if stream not in self._layers:
-            fresh = {s: LayerReport(name, plan.matrix, plan.side, plan.rank) for s, name, plan in self._members()}
+            fresh = {s: LayerReport(name, plan.whole.matrix, plan.side, plan.rank) for s, name, plan in self._members()}
             self._layers = fresh | self._layers
         return self._layers[stream]
 
@@ -189,7 +190,7 @@ def _now(plan: Plan) -> float:
 
 def _sample(param: Tensor) -> Tensor:
     """Evenly spaced rows, at most `_SAMPLE` elements of them; at least one."""
-    return param[:: math.ceil(param.numel() / _SAMPLE)] if param.ndim else param
+    return param[:: max(1, math.ceil(param.numel() / _SAMPLE))] if param.ndim else param
 
 
 def _movement(param: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,8 +203,11 @@ def _norms(*tensors: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in tensors])
 
 
-def _orthonormal(bases: Bases) -> Bases:
-    return tuple(torch.linalg.qr(basis)[0] for basis in bases)
+def _orthonormal(plan: Plan, bases: Bases) -> Bases:
+    """Of sharded bases, the whole."""
+    axes = (0 if side == "left" else 1 for side in plan.sides)
+    wholes = (plan.sharding.gather(basis, (axis, None)) for basis, axis in zip(bases, axes, strict=True))
+    return tuple(torch.linalg.qr(basis)[0] for basis in wholes)
 
 
 def _overlap(old: Bases, new: Bases) -> Tensor:
@@ -214,7 +218,7 @@ def _overlap(old: Bases, new: Bases) -> Tensor:
 def _whitened(low: Tensor, bases: Bases, plan: Plan) -> Tensor:
     """R as an orthonormal basis of the same subspace would give it, up to a rotation: R L⁻ᵀ with QᵀQ = L Lᵀ."""
     for side, basis in zip(plan.sides, bases, strict=True):
-        gram = basis.mT @ basis
+        (gram,) = plan.sharding.sum([basis.mT @ basis], 0 if side == "left" else 1)
         gram.diagonal().add_(_SHIFT * gram.diagonal().mean())
         root, _ = torch.linalg.cholesky_ex(gram)
         low = torch.linalg.solve_triangular(root, low if side == "left" else low.mT, upper=False)

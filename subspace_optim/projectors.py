@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .types import Bases, Change, Plan, Side, State
+from .distributed import WHOLE, Sharding
+from .types import Bases, Change, Plan, Side, State, change_of_basis
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
@@ -30,7 +31,8 @@ class Projector:
     Args:
         rank: columns of the basis; a float in (0, 1) is a fraction of min(m, n); None leaves every tensor dense.
         update_proj_gap: steps between refreshes.
-        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
+        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both;
+            local the one that is whole on every rank, so that an ordinary step sends no R (unsharded: as std).
     """
 
     rank: int | float | None = 128
@@ -99,7 +101,7 @@ class SVD(Projector):
             renewed = [self._exact(plan, g) for g in grads]
         else:
             columns = [
-                self._iterate([_oriented(g, side) for g in grads], [s[key] for s in states], seeds, states)
+                self._iterate(plan, side, [_oriented(g, side) for g in grads], [s[key] for s in states], seeds, states)
                 for side, key in zip(plan.sides, plan.basis_keys, strict=True)
             ]
             renewed = [tuple(bases) for bases in zip(*columns, strict=True)]
@@ -107,33 +109,58 @@ class SVD(Projector):
 
     @staticmethod
     def _exact(plan: Plan, grad: Tensor) -> Bases:
-        u, _, vh = torch.linalg.svd(grad.to(plan.state_dtype), full_matrices=False)
-        columns = {"left": u[:, : plan.rank], "right": vh[: plan.rank].mT}
-        return tuple(columns[side].clone(memory_format=torch.contiguous_format) for side in plan.sides)
+        """Of a sharded gradient every rank gathers the whole, one matrix at a time."""
+        full = plan.sharding.gather(grad, (0, 1)).to(plan.state_dtype)
+        like = full.new_empty(plan.rank, sum(full.shape))
+
+        def factors() -> Tensor:
+            u, _, vh = torch.linalg.svd(full, full_matrices=False)
+            return torch.cat((u[:, : plan.rank].mT, vh[: plan.rank]), dim=1)
+
+        found = torch.split_with_sizes(plan.sharding.once(like, factors).mT, list(full.shape))
+        columns = dict(zip(("left", "right"), found, strict=True))
+        return tuple(
+            plan.sharding.own(columns[side].clone(memory_format=torch.contiguous_format), (_axis(side), None))
+            for side in plan.sides
+        )
 
     def _iterate(
-        self, grads: list[Tensor], olds: list[Tensor], seeds: Sequence[int], states: Sequence[State]
+        self,
+        plan: Plan,
+        side: Side,
+        grads: list[Tensor],
+        olds: list[Tensor],
+        seeds: Sequence[int],
+        states: Sequence[State],
     ) -> list[Tensor]:
-        """Top right singular vectors (d, r) of every (k, d) gradient."""
+        """Top right singular vectors (d, r) of every (k, d) gradient; every rank works on whole bases."""
+        sharding, along, across = plan.sharding, _axis(side), 1 - _axis(side)  # d lies along the first, k the second
+        axes = (None, along, None)
         cold = [i for i, state in enumerate(states) if state["age"] == UNSET]
-        start = torch.stack(olds)
+        start = sharding.gather(torch.stack(olds), axes)
         _, d, r = start.shape
         if cold:
             start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device)).to(start)
         # Gᵀ G squares the scale of G, which may itself be far from 1.
         least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
-        inverse = [1 / g.abs().amax().to(start.dtype).clamp(min=least) for g in grads]
+        peaks = torch.stack([(g.abs().amax() if g.numel() else g.new_zeros(())).to(start.dtype) for g in grads])
+        inverse = 1 / sharding.max([peaks])[0].clamp_(min=least)
 
         def times(q: Tensor, members: Iterable[int]) -> list[Tensor]:
-            return [(grads[i].to(x.dtype) @ x) * inverse[i] for i, x in zip(members, q, strict=True)]
+            here = sharding.own(q, axes)
+            low = [(grads[i].to(x.dtype) @ x) * inverse[i] for i, x in zip(members, here, strict=True)]
+            return sharding.sum(low, along)
 
         def improve(q: Tensor, members: Sequence[int]) -> Tensor:
             rows = zip(members, times(q, members), strict=True)
-            pulled = torch.stack([(grads[i].to(y.dtype).mT @ y) * inverse[i] for i, y in rows])
+            (pulled,) = sharding.sum(
+                [torch.stack([(grads[i].to(y.dtype).mT @ y) * inverse[i] for i, y in rows])], across
+            )
+            pulled = sharding.gather(pulled, axes)
             # The shift leaves the eigenvectors as they are, and directions that G does not see as they were; without
             # it rounding noise would choose them, and the momentum along them would be lost.
             shift = _SHIFT * torch.linalg.matrix_norm(pulled, keepdim=True)
-            return torch.linalg.qr(pulled + shift * q)[0]
+            return _qr(sharding, pulled + shift * q)
 
         q, everyone = start.clone(), range(len(grads))
         if cold:
@@ -141,10 +168,11 @@ class SVD(Projector):
         for _ in range(self.iterations):
             q = improve(q, everyone)
         low = torch.stack(times(q, everyone))
-        _, rotation = torch.linalg.eigh(low.mT @ low)  # eigenvalues ascend
+        (gram,) = sharding.sum([low.mT @ low], across)
+        rotation = sharding.once(gram, lambda: torch.linalg.eigh(gram)[1])  # eigenvalues ascend
         q = q @ rotation.flip(-1)
         agreement = (start * q).sum(-2, keepdim=True)
-        return list((q * torch.where(agreement < 0, -1.0, 1.0)).unbind())
+        return list(sharding.own(q * torch.where(agreement < 0, -1.0, 1.0), axes).unbind())
 
 
 @dataclass(frozen=True)
@@ -177,15 +205,19 @@ class RandomProjection(Projector):
         olds = self.bases(plan, states)
         for state in states:
             state["seed"] = self.next_seed(state["seed"])
-        return [_change(old, new) for old, new in zip(olds, self.bases(plan, states), strict=True)]
+        return [change_of_basis(plan, old, new) for old, new in zip(olds, self.bases(plan, states), strict=True)]
 
     def next_seed(self, seed: int) -> int:
         """The seed of the next basis."""
         return philox.mix(seed, 1)
 
     def bases(self, plan: Plan, states: Sequence[State]) -> list[Bases]:
-        """Regenerate the bases from their seeds."""
-        return self.generate(plan, [state["seed"] for state in states])
+        """Regenerate the bases from their seeds: every rank draws the whole and keeps its own part."""
+        drawn = self.generate(plan.whole, [state["seed"] for state in states])
+        return [
+            tuple(plan.sharding.own(q, (_axis(side), None)) for q, side in zip(bases, plan.sides, strict=True))
+            for bases in drawn
+        ]
 
     def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
         """The bases of every seed, the same on every device."""
@@ -270,25 +302,22 @@ class OnlinePCA(SVD):
     ) -> list[Change] | None:
         """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
         changes = []
-        for state, grad in zip(states, grads, strict=True):
-            norm = torch.linalg.vector_norm(grad, dtype=plan.state_dtype)
+        norms = [torch.linalg.vector_norm(grad, dtype=plan.state_dtype) for grad in grads]
+        if plan.sharding.cuts():
+            norms = [square.sqrt() for square in plan.sharding.sum([norm.square() for norm in norms])]
+        for state, grad, norm in zip(states, grads, norms, strict=True):
             if state["age"] <= 0 or not norm > 0:
                 changes.append(_identity(plan))
                 continue
             state["basis_step"] += 1
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
-                self._descend_(state, key, _oriented(grad, side), norm, lr_ratio)
+                self._descend_(state, key, self.gradient(state[key], grad, norm, side, plan.sharding), lr_ratio)
             retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
-            changes.append(
-                _replace_(plan, state, tuple(_orthonormal(state[key]) for key in plan.basis_keys))
-                if retract
-                else _identity(plan)
-            )
+            changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
         return changes if self.retract_every is not None else None
 
-    def _descend_(self, state: State, key: str, grad: Tensor, norm: Tensor, lr_ratio: float) -> None:
+    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float) -> None:
         q, k = state[key], state["basis_step"]
-        slope = self.gradient(q, grad, norm)
         first, second = (state[f"{key}_{name}"] for name in _BASIS_MOMENTS)
         first.lerp_(slope, 1 - self.basis_betas[0])
         second.mul_(self.basis_betas[1]).addcmul_(slope, slope, value=1 - self.basis_betas[1])
@@ -297,14 +326,15 @@ class OnlinePCA(SVD):
         q.mul_(1 - rate * self.basis_weight_decay)
         q.addcdiv_(first, scale, value=-rate / (1 - self.basis_betas[0] ** k))
 
-    def gradient(self, q: Tensor, grad: Tensor, norm: Tensor) -> Tensor:
-        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm, shape of q."""
-        wide = grad.to(q.dtype)
-        low = (wide @ q) / norm
-        pulled = (wide.mT @ low) / norm
-        excess = q.mT @ q
+    def gradient(
+        self, q: Tensor, grad: Tensor, norm: Tensor, side: Side = "right", sharding: Sharding = WHOLE
+    ) -> Tensor:
+        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q."""
+        wide = _oriented(grad, side).to(q.dtype)
+        low, excess = sharding.sum([(wide @ q) / norm, q.mT @ q], _axis(side))
+        pulled, gram = sharding.sum([(wide.mT @ low) / norm, low.mT @ low], 1 - _axis(side))
         excess.diagonal().sub_(1)
-        slope = 2 * (q @ (low.mT @ low) + pulled @ excess - pulled)
+        slope = 2 * (q @ gram + pulled @ excess - pulled)
         return slope.add_(q @ excess, alpha=4 * self.orth_lambda) if self.orth_lambda else slope
 
 
@@ -316,15 +346,16 @@ def _oriented(grad: Tensor, side: Side) -> Tensor:
     return grad.mT if side == "left" else grad
 
 
-def _change(old: Bases, new: Bases) -> Change:
-    return tuple(a.mT @ b for a, b in zip(old, new, strict=True))
+def _axis(side: Side) -> int:
+    """The axis of the matrix that a basis lies along."""
+    return 0 if side == "left" else 1
 
 
 def _replace_(plan: Plan, state: State, bases: Bases) -> Change:
-    change = _change(tuple(state[key] for key in plan.basis_keys), bases)
+    moved = change_of_basis(plan, tuple(state[key] for key in plan.basis_keys), bases)
     for key, basis in zip(plan.basis_keys, bases, strict=True):
         state[key].copy_(basis)
-    return change
+    return moved
 
 
 def _identity(plan: Plan) -> Change:
@@ -332,7 +363,16 @@ def _identity(plan: Plan) -> Change:
     return (eye,) * len(plan.basis_keys)
 
 
-def _orthonormal(q: Tensor) -> Tensor:
-    """The nearest-sign QR factor: QR with a positive diagonal, so that a basis close to orthonormal hardly moves."""
-    factor, upper = torch.linalg.qr(q)
-    return factor * torch.where(upper.diagonal() < 0, -1.0, 1.0)
+def _qr(sharding: Sharding, x: Tensor) -> Tensor:
+    return sharding.once(x, lambda: torch.linalg.qr(x)[0])
+
+
+def _orthonormal(plan: Plan, state: State) -> Bases:
+    """The nearest-sign QR factors: QR with a positive diagonal, so that a basis close to orthonormal hardly moves."""
+    bases = []
+    for side, key in zip(plan.sides, plan.basis_keys, strict=True):
+        old = plan.sharding.gather(state[key], (_axis(side), None))
+        new = _qr(plan.sharding, old)
+        flipped = (old.mT @ new).diagonal() < 0  # the diagonal of Rᵀ
+        bases.append(plan.sharding.own(new * torch.where(flipped, -1.0, 1.0), (_axis(side), None)))
+    return tuple(bases)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .kernels import reference
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State
+from .distributed import Axes
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis
 
 Kernel = Any  # a module with the functions of kernels/reference.py
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
@@ -140,7 +140,7 @@ class Lion(Rule):
         torch._foreach_add_(bucket.slot("step"), 1)
         updates = list(torch._foreach_lerp(moments, lows, 1 - hyper.betas[0]))
         torch._foreach_lerp_(moments, lows, 1 - hyper.betas[1])
-        reference.transform_(updates, lows, hyper.transform)
+        kernel.transform_(updates, lows, hyper.transform)
         return updates
 
     def scale(self, hyper: Hyper) -> float:
@@ -165,7 +165,7 @@ class Momentum(Rule):
         torch._foreach_mul_(moments, beta)
         torch._foreach_add_(moments, lows)
         updates = [r.add(m, alpha=beta) if self.nesterov else m.clone() for r, m in zip(lows, moments, strict=True)]
-        reference.transform_(updates, lows, hyper.transform)
+        kernel.transform_(updates, lows, hyper.transform)
         return updates
 
 
@@ -227,32 +227,38 @@ class Adafactor(Rule):
     ) -> list[Tensor]:
         """N = EMA of the clipped, normalised R, each times its rate if there are any."""
         torch._foreach_add_(bucket.slot("step"), 1)
-        updates = [self._normalised_(state, r) for state, r in zip(bucket.states, lows, strict=True)]
+        plan = bucket.plan
+        updates = [self._normalised_(plan, plan.low_axes, s, r) for s, r in zip(bucket.states, lows, strict=True)]
         for i, update in enumerate(updates):
-            _clip_(update, self.clip_threshold)
+            self._clip_(plan, update)
             if rates is not None:
                 update.mul_(rates.expand(len(bucket))[i])
         moments = bucket.slot("exp_avg")
         torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
         torch._foreach_copy_(updates, moments)
-        reference.transform_(updates, lows, hyper.transform)
+        kernel.transform_(updates, lows, hyper.transform)
         return updates
 
-    def _normalised_(self, state: State, grad: Tensor) -> Tensor:
-        """R / √V̂ after advancing V; a new tensor."""
+    def _normalised_(self, plan: Plan, axes: Axes, state: State, grad: Tensor) -> Tensor:
+        """R / √V̂ after advancing V; a new tensor. `axes` of the matrix are what the dimensions of R carry."""
         beta2 = 1 - float(state["step"]) ** -self.decay_rate
         square = grad.square().add_(1e-30)
         if "exp_avg_sq" in state:
             return grad * state["exp_avg_sq"].lerp_(square, 1 - beta2).rsqrt()
-        row = state["exp_avg_sq_row"].lerp_(square.mean(-1), 1 - beta2)
-        col = state["exp_avg_sq_col"].lerp_(square.mean(-2), 1 - beta2)
-        row_scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        mean = plan.sharding.mean
+        row = state["exp_avg_sq_row"].lerp_(mean(square, -1, axes[-1]), 1 - beta2)
+        col = state["exp_avg_sq_col"].lerp_(mean(square, -2, axes[-2]), 1 - beta2)
+        row_scale = (row / mean(row, -1, axes[-2]).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
         return torch.mul(grad, row_scale, out=square).mul_(col.rsqrt().unsqueeze(-2))
+
+    def _clip_(self, plan: Plan, update: Tensor) -> None:
+        update.div_((plan.sharding.rms(update) / self.clip_threshold).clamp_(min=1))
 
     def _rates(self, bucket: Bucket, hyper: Hyper) -> Tensor:
         if not self.scale_parameter:
             return hyper.lr
-        rms = torch.stack([p.to(bucket.plan.state_dtype).square().mean().sqrt() for p in bucket.params])
+        plan = bucket.plan
+        rms = torch.stack([plan.sharding.rms(p.to(plan.state_dtype)) for p in bucket.params])
         return rms.clamp_(min=1e-3).mul_(hyper.lr)
 
 
@@ -298,16 +304,15 @@ class CompressedAdafactor(Adafactor):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
-            update = self._normalised_(state, grad)
+            update = self._normalised_(plan, (*range(len(plan.matrix)),), state, grad)
             low = kernel.project([update], new, plan.side, plan.state_dtype)[0] * (1 - beta)
             update.mul_(1 - beta)
             kernel.apply_([update], [moment], list(old), [state["step"]], [], history, 0.0, 1.0, plan.side)
             if old is not new and hyper.moments != "keep":
-                change = tuple(a.mT @ b for a, b in zip(old, new, strict=True))
-                moment.copy_(carried(moment, change, plan.side))
+                moment.copy_(carried(moment, change_of_basis(plan, old, new), plan.side))
             moment.mul_(beta).add_(low)
-            reference.transform_([update], [grad], hyper.transform)
-            _clip_(update, self.clip_threshold)
+            kernel.transform_([update], [grad], hyper.transform)
+            self._clip_(plan, update)
             kernel.apply_(
                 *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1]),
                 *(torch.tensor(rates[i], dtype=torch.float64), hyper.weight_decay, self.scale(hyper), None),
@@ -338,19 +343,20 @@ class WeightNormAdam(Adam):
     def targets(self, bucket: Bucket) -> list[Tensor]:
         """The tangential gradients; zero where rounding is all that is left of a radial one."""
         tangents = [self._split(p, g, bucket.plan)[0] for p, g in zip(bucket.params, bucket.grads, strict=True)]
-        for tangent, grad in zip(tangents, bucket.grads, strict=True):
-            largest, left = (torch.linalg.vector_norm(x, math.inf, dtype=tangent.dtype) for x in (grad, tangent))
-            tangent.mul_(left > 8 * torch.finfo(tangent.dtype).eps * largest)
+        peaks = torch.stack([_peak(x, bucket.plan.state_dtype) for x in (*bucket.grads, *tangents)])
+        largest, left = bucket.plan.sharding.max([peaks])[0].chunk(2)
+        for tangent, kept in zip(tangents, left > 8 * torch.finfo(peaks.dtype).eps * largest, strict=True):
+            tangent.mul_(kept)
         return tangents
 
     @staticmethod
     def _split(param: Tensor, grad: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """G_t (m, n), ĝ (m), ρ (m). The gradient of a zero row is tangential as a whole."""
         w, g = param.to(plan.state_dtype), grad.to(plan.state_dtype)
-        norm = torch.linalg.vector_norm(w, dim=-1)
+        norm = plan.sharding.norm(w, (0, 1), (-1,))
         divisor = torch.where(norm > 0, norm, 1)
         product = g * w
-        radial = product.sum(-1) / divisor
+        radial = plan.sharding.sum([product.sum(-1)], 1)[0] / divisor
         return torch.addcmul(g, w, (radial / divisor).unsqueeze(-1), value=-1, out=product), radial, norm
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
@@ -377,7 +383,7 @@ class WeightNormAdam(Adam):
                 *([moved], [update], list(bucket.bases[i]), [state["step"]], [], hyper.lr, 0.0, hyper.scale, plan.side)
             )
             magnitude = norm.mul(1 - lr * hyper.weight_decay).sub_(growth, alpha=lr).clamp_(min=0)
-            length = torch.linalg.vector_norm(moved, dim=-1)
+            length = plan.sharding.norm(moved, (0, 1), (-1,))
             rescale = torch.where((norm > 0) & (length > 0), magnitude / length.clamp(min=1e-30), 1)
             moved.mul_(rescale.unsqueeze(-1))
             kernel.write_(param, moved, state["step"], bucket.seeds[i] if bucket.seeds else None)
@@ -434,23 +440,24 @@ class Apollo(Adam):
         updates = self.update_(bucket, lows, hyper, kernel)
         channel = {"right": (-1,), "left": (-2,)}.get(plan.side, (-2, -1))
         dims = channel if self.scale_type == "channel" else (-2, -1)
-        share = self.least_share * math.sqrt(math.prod(plan.low_shape) / math.prod(plan.matrix))
+        share = self.least_share * math.sqrt(math.prod(plan.whole.low_shape) / math.prod(plan.whole.matrix))
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             wanted, seen, whole = (
-                torch.linalg.vector_norm(x, dim=dims, keepdim=True) for x in (updates[i], lows[i], grad)
+                plan.sharding.norm(x, axes, dims, keepdim=True)
+                for x, axes in ((updates[i], plan.low_axes), (lows[i], plan.low_axes), (grad, (0, 1)))
             )
             step = grad * (wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR))
-            self._limit_(step, state, hyper)
+            self._limit_(step, plan.sharding.norm(step, (0, 1), (-2, -1)), state, hyper)
             kernel.apply_(
                 *([param], [step], [], [state["step"]], bucket.seeds[i : i + 1], hyper.lr, hyper.weight_decay),
                 *(self.scale(hyper), None),
             )
 
-    def _limit_(self, step: Tensor, state: State, hyper: Hyper) -> None:
+    def _limit_(self, step: Tensor, norm: Tensor, state: State, hyper: Hyper) -> None:
         if self.growth is None:
             return
-        norm, last = torch.linalg.vector_norm(step), state["update_norm"]
+        last = state["update_norm"]
         if self.eps_inside:  # the official code corrects the bias after the limiter
             k = float(state["step"])
             norm = norm * ((1 - hyper.betas[0] ** k) / math.sqrt(1 - hyper.betas[1] ** k))
@@ -487,9 +494,9 @@ def _carry_project_aware_(state: State, change: Change, side: Side | None, betas
     v.copy_(mixed.add_((m / correction1).square()).mul_(correction2).abs_())
 
 
-def _clip_(update: Tensor, threshold: float) -> None:
-    rms = torch.linalg.vector_norm(update) * max(update.numel(), 1) ** -0.5
-    update.div_((rms / threshold).clamp_(min=1))
+def _peak(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest |x|; of no elements zero."""
+    return torch.linalg.vector_norm(x, math.inf, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...]) -> Tensor:

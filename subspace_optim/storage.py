@@ -220,7 +220,9 @@ def kept_shape(plan: Plan, key: str) -> tuple[bool, tuple[int, ...]]:
     """Whether the first moment or a basis is kept as codes, and the shape it then has for the whole parameter."""
     shape = dict(zip(plan.basis_keys, plan.basis_shapes, strict=True)).get(key, plan.low_shape)
     codec = codecs(plan).get(key)
-    return codec is not None, (plan.stack,) * bool(plan.stack) + (codec.shapes(shape)[0] if codec else shape)
+    return codec is not None, (() if plan.stack is None else (plan.stack,)) + (
+        codec.shapes(shape)[0] if codec else shape
+    )
 
 
 class Opened(dict[str, Any]):
@@ -246,7 +248,7 @@ def parts(bucket: Bucket) -> Iterator[Bucket]:
     if is_plain(bucket.plan):
         yield bucket
         return
-    at_once = max(1, OPEN_BYTES // open_bytes(bucket.plan))
+    at_once = max(1, OPEN_BYTES // open_bytes(bucket.plan.whole))  # the same on every rank
     for begin in range(0, len(bucket), at_once):
         yield bucket.part(list(range(begin, min(begin + at_once, len(bucket)))))
 
@@ -306,9 +308,10 @@ def _keep_(bucket: Bucket, keys: Iterable[str]) -> None:
 
 def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:
     """Those of the keys that are coded, for every member that has them, with its stream."""
-    coded = codecs(bucket.plan)
+    coded, plan = codecs(bucket.plan), bucket.plan
     for key in keys:
+        part = plan.sharding.number(*plan.axes(key)) if key in coded else 0  # parts round differently, copies alike
         for state, stream in zip(bucket.states, bucket.streams, strict=True) if key in coded else ():
             if key in state:
                 assert isinstance(state, Opened)
-                yield coded[key], key, stream, state
+                yield coded[key], key, stream ^ part, state

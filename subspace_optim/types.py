@@ -7,12 +7,15 @@ m on the left), and a basis is always (d, r), its columns spanning the subspace.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from .distributed import STACK, WHOLE, Axes, Layout, Sharding, fold
 
 Side = Literal["left", "right", "both"]
 T = TypeVar("T")
@@ -20,11 +23,13 @@ State = dict[str, Any]  # tensors and ints only, so that torch.load and DCP take
 Bases = tuple[Tensor, ...]  # one basis, or (left, right) when the side is "both"
 Change = tuple[Tensor, ...]  # per basis, (r, r): Q_oldᵀ Q_new
 
-PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "local")
 MOMENTS = ("rotate", "keep", "project_aware")
 TRANSFORMS = ("none", "grams", "cautious")
 BITS = (32, 8, 4)
 ROUNDINGS = ("stochastic", "nearest", "kahan")
+
+_MANY = 2**20  # a tensor with an element for every block of 256 grows by it, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,8 @@ class Plan:
 
     Attributes:
         shape: the tensor as the user made it.
-        matrix: what is stepped, (m, n); `shape` itself when dense.
-        stack: how many such matrices the tensor holds along its leading dimensions; 0 when it is one.
+        matrix: what is stepped, (m, n); `shape` itself when dense. Of a sharded tensor, what is here of it.
+        stack: how many such matrices the tensor holds along its leading dimensions; None when it is one.
         side: right: R = G Q; left: R = Pᵀ G; both: R = Pᵀ G Q; None: dense, R = G.
         rank: columns of the basis; 0 when dense.
         dtype: of the parameter.
@@ -43,11 +48,12 @@ class Plan:
         state_bits: of every element of the moments: 32, 8 or 4.
         basis_bits: of every element of the bases.
         compensated: whether the state holds what rounding takes from the parameter (Kahan).
+        sharding: how it is spread over a device mesh.
     """
 
     shape: tuple[int, ...]
     matrix: tuple[int, ...]
-    stack: int
+    stack: int | None
     side: Side | None
     rank: int
     dtype: torch.dtype
@@ -56,6 +62,33 @@ class Plan:
     state_bits: int = 32
     basis_bits: int = 32
     compensated: bool = False
+    sharding: Sharding = WHOLE
+
+    @property
+    def whole(self) -> Plan:
+        """The plan of the same tensor if it were not sharded."""
+        if self.sharding.mesh is None:
+            return self
+        return replace(self, matrix=self.sharding.matrix, stack=self.sharding.stack, sharding=WHOLE)
+
+    @property
+    def members(self) -> Sequence[int]:
+        """The numbers of the matrices that are here, in their stack."""
+        return self.sharding.members if self.sharding.cuts(STACK) else range(1 if self.stack is None else self.stack)
+
+    @property
+    def low_axes(self) -> Axes:
+        """Which axis of the matrix every dimension of the projected gradient carries; None for r."""
+        if self.side is None:
+            return tuple(range(len(self.matrix)))
+        return (0 if self.side == "right" else None, 1 if self.side == "left" else None)
+
+    def axes(self, key: str) -> Axes:
+        """Which axis of the matrix every dimension of a moment or a basis (and of its moments) carries."""
+        for name, side in zip(self.basis_keys, self.sides, strict=True):
+            if key.startswith(name):
+                return (0 if side == "left" else 1, None)
+        return self.low_axes
 
     @property
     def low_shape(self) -> tuple[int, ...]:
@@ -91,7 +124,7 @@ class Plan:
         """The tensor as what is stepped: the same memory where strides allow it, otherwise copies."""
         if self.side is None:
             return [tensor]
-        return list(tensor.reshape(self.stack or 1, *self.matrix).unbind())
+        return list(tensor.reshape(1 if self.stack is None else self.stack, *self.matrix).unbind())
 
 
 @lru_cache(maxsize=4096)
@@ -105,6 +138,7 @@ def make_plan(
     state_bits: int = 32,
     basis_bits: int = 32,
     rounding: str = "stochastic",
+    layout: Layout | None = None,
 ) -> Plan:
     """Decide how a tensor of this shape is stepped.
 
@@ -113,37 +147,51 @@ def make_plan(
         dtype: of the parameter.
         device: of the parameter.
         rank: columns of the basis; a float in (0, 1) is a fraction of min(m, n); None is dense.
-        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
+        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both;
+            local the one that is not sharded, so that R needs no collective, or as std where that does not tell.
         batch_dims: leading dimensions that index separate matrices (stacked experts) instead of belonging to one.
             Each is stepped for itself, as if it were a parameter.
         state_bits: of the moments: 32, 8 or 4.
         basis_bits: of the bases.
         rounding: of 16-bit parameters, one of ROUNDINGS.
+        layout: of a DTensor. Only "local" chooses by it: otherwise the numbers do not depend on the sharding.
+
+    Raises:
+        ValueError: the shards are not blocks of the matrices, or cut blocks of quantised state.
     """
     kept = (state_bits, basis_bits, rounding == "kahan" and dtype.itemsize == 2)
 
-    def dense(reason: str) -> Plan:
-        return Plan(shape, shape, 0, None, 0, dtype, device, reason, *kept)
+    def made(side: Side | None, columns: int, reason: str = "") -> Plan:
+        batch = None if side is None else batch_dims
+        sharding = WHOLE if layout is None else layout.sharding(shape, batch)
+        if side is None and state_bits != 32 and len(shape) > 1 and sharding.cuts(len(shape) - 1):
+            raise ValueError(
+                f"is cut along its last dimension, and blocks of state_bits={state_bits} run along it; shard it along "
+                "another dimension, or give it a group with state_bits=32"
+            )
+        matrix, stack = fold(shape if layout is None else layout.shape, batch)
+        return Plan(shape, matrix, stack, side, columns, dtype, device, reason, *kept, sharding)
 
+    dense = partial(made, None, 0)
     if rank is None:
         return dense("rank=None in its group")
     if len(shape) - batch_dims < 2:
         return dense(f"{len(shape)}-D" if batch_dims == 0 else f"{len(shape)}-D with batch_dims={batch_dims}")
     if math.prod(shape) == 0:
         return dense("it is empty")
-    m, n = shape[batch_dims], math.prod(shape[batch_dims + 1 :])
+    (m, n), _ = fold(shape, batch_dims)
     columns = max(1, round(rank * min(m, n))) if isinstance(rank, float) else rank
     if columns >= min(m, n):
         return dense(f"rank {columns} ≥ min({m}, {n})")
-    side: Side
     if proj_type == "full":
-        side = "both"
-    elif proj_type in ("left", "right"):
-        side = "left" if proj_type == "left" else "right"
-    else:
-        side = "right" if (m >= n) == (proj_type == "std") else "left"
-    stack = math.prod(shape[:batch_dims]) if batch_dims else 0
-    return Plan(shape, (m, n), stack, side, columns, dtype, device, "", *kept)
+        return made("both", columns)
+    if proj_type in ("left", "right"):
+        return made("left" if proj_type == "left" else "right", columns)
+    if proj_type == "local" and layout is not None:
+        cuts = [bool(layout.sharding(shape, batch_dims).cuts(axis)) for axis in (0, 1)]
+        if cuts[0] != cuts[1]:
+            return made("right" if cuts[0] else "left", columns)
+    return made("right" if (m >= n) == (proj_type != "reverse_std") else "left", columns)
 
 
 def stack_states(states: list[State]) -> State:
@@ -153,10 +201,43 @@ def stack_states(states: list[State]) -> State:
     return {key: torch.stack(c) if isinstance(first[key], Tensor) else torch.tensor(c) for key, c in columns.items()}
 
 
+def state_axes(plan: Plan, init: Callable[[Plan], State]) -> dict[str, tuple[Axes, tuple[int, ...]]]:
+    """Which axis of the matrix every dimension of every state tensor carries, and the tensor's whole shape.
+
+    A dimension carries the axis that it grows with.
+
+    Args:
+        plan: of the tensor.
+        init: the state of one of its matrices, from shapes alone.
+    """
+    stack, whole = plan.whole.stack, replace(plan.whole, device=torch.device("meta"))
+
+    def shapes(matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        state = init(replace(whole, matrix=matrix))
+        keep = (key for key in state if stack is not None or isinstance(state[key], Tensor))
+        return {key: tuple(state[key].shape) if isinstance(state[key], Tensor) else () for key in keep}
+
+    own = shapes(whole.matrix)
+    axes: dict[str, list[int | None]] = {key: [None] * len(shape) for key, shape in own.items()}
+    for axis, size in enumerate(whole.matrix):
+        for key, shape in shapes((*whole.matrix[:axis], size + _MANY, *whole.matrix[axis + 1 :])).items():
+            for dim, (before, after) in enumerate(zip(own[key], shape, strict=True)):
+                if before != after:
+                    axes[key][dim] = axis
+    lead: tuple[Axes, tuple[int, ...]] = ((), ()) if stack is None else ((STACK,), (stack,))
+    return {key: (lead[0] + tuple(axes[key]), lead[1] + own[key]) for key in own}
+
+
 def unstack_state(state: State, count: int) -> list[State]:
     """The inverse of `stack_states`: tensors are views, ints are copies."""
     columns = {key: v.tolist() if v.dtype == torch.int64 else v.unbind() for key, v in state.items()}
     return [{key: column[j] for key, column in columns.items()} for j in range(count)]
+
+
+def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
+    """The change of basis c = Q_oldᵀ Q_new, per basis."""
+    axes = (0 if side == "left" else 1 for side in plan.sides)
+    return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +287,9 @@ class Bucket:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the stochastic rounding, as kernels take them: none means to nearest."""
-        return self.streams if self.rounding else []
+        """Of the stochastic rounding, as kernels take them: none means to nearest. Shards round differently."""
+        shard = self.plan.sharding.number()
+        return [stream ^ shard for stream in self.streams] if self.rounding else []
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

@@ -153,9 +153,3 @@ def test_ddp_on_two_ranks_is_one_process_with_the_whole_batch(ranks, name, dtype
         opt.step()
     for saved in ranks:
         assert_same(saved["ends"][f"{name}-{dtype}"], net.state_dict())
-
-
-@pytest.mark.distributed
-def test_a_sharded_parameter_is_refused_by_name(ranks):
-    for saved in ranks:
-        assert "sharded of shape (8, 6) is a DTensor" in saved["refusal"]

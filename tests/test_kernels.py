@@ -202,7 +202,7 @@ def test_projection(side, dtype):
 def stepped_by(rule, lists, kernel, transform="none", zero_row=False, redrawn=False):
     """The bucket after one step of the rule; its second member has a new basis if `redrawn`."""
     (m, n), rank = lists.params[0].shape, lists.bases[0].shape[1]
-    plan = Plan((m, n), (m, n), 0, lists.side, rank, lists.params[0].dtype, torch.device("cpu"))
+    plan = Plan((m, n), (m, n), None, lists.side, rank, lists.params[0].dtype, torch.device("cpu"))
     rng = torch.Generator().manual_seed(1)
     bucket = Bucket(plan, bool(lists.seeds), grads=lists.grads, streams=lists.seeds)
     for i, param in enumerate(lists.params):

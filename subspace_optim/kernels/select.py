@@ -7,9 +7,11 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from ..distributed import Sharded
 from ..types import Plan
 from . import native
 
@@ -47,8 +49,8 @@ def _detail(module: ModuleType) -> str:
     return f" ({module.detail()})" if hasattr(module, "detail") else ""
 
 
-def resolve(backend: str, plan: Plan) -> ModuleType:
-    """The module that steps this plan.
+def resolve(backend: str, plan: Plan) -> Any:
+    """The module that steps this plan, with the reductions that its shards need.
 
     Args:
         backend: "auto", or a name of IMPLS.
@@ -58,6 +60,11 @@ def resolve(backend: str, plan: Plan) -> ModuleType:
         ValueError: the backend does not exist.
         RuntimeError: an explicit choice cannot step this plan; "auto" falls through to the next one instead.
     """
+    kernel = _resolve(backend, plan)
+    return Sharded(kernel, plan.sharding) if plan.sharding.axes else kernel
+
+
+def _resolve(backend: str, plan: Plan) -> ModuleType:
     if backend == "auto":
         return _module(next(name for name, reason in IMPLS.items() if reason(plan) is None))
     if backend not in IMPLS:

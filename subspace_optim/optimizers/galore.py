@@ -33,7 +33,8 @@ class GaLore(SubspaceOptimizer):
         rank: r, or a fraction of min(m, n); None is AdamW.
         update_proj_gap: steps between refreshes of Q.
         scale: α > 0.
-        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both.
+        proj_type: which dimension is compressed: std the smaller, reverse_std the larger, left m, right n, full both;
+            local the one that is whole on every rank, so that an ordinary step sends no R (unsharded: as std).
         svd: refresh by warm-started "subspace" iteration or "exact" SVD.
         rule: what happens in the subspace; Adam by default.
         transform: none, grams or cautious.

@@ -105,11 +105,12 @@ class _OfficialWeightNormAdam(WeightNormAdam):
             v, grad = state["direction"], bucket.grads[i].to(plan.state_dtype)
             if state["step"] == 0:
                 v.copy_(param)
-            norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+            norm = plan.sharding.norm(v, (0, 1), (-1,), keepdim=True)
             low = kernel.project([grad], bucket.bases[i], plan.side, plan.state_dtype)
-            update, growth = self.adam_(state, low[0], (grad * v / norm).sum(-1), hyper, kernel)
+            (radial,) = plan.sharding.sum([(grad * v / norm).sum(-1)], 1)
+            update, growth = self.adam_(state, low[0], radial, hyper, kernel)
             decay = 1 - lr * hyper.weight_decay
             v.sub_(kernel.back(update, bucket.bases[i], plan.side), alpha=lr * hyper.scale).mul_(decay)
             length = norm.sub(growth.unsqueeze(-1), alpha=lr).mul_(decay)
-            stepped = length * v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+            stepped = length * v / plan.sharding.norm(v, (0, 1), (-1,), keepdim=True)
             kernel.write_(param, stepped, state["step"], bucket.seeds[i] if bucket.seeds else None)
