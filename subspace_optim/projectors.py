@@ -43,6 +43,11 @@ class Projector:
     periodic: ClassVar[bool] = True  # refreshed every update_proj_gap steps, and so staggered
     whole_gradient: ClassVar[str] = ""  # why every step needs more of a gradient than R, if it does
 
+    @property
+    def orthonormal(self) -> bool:
+        """Whether QᵀQ = I, so that project(back(R)) = R."""
+        return True
+
     def init(self, plan: Plan, seed: int) -> State:
         """State of one tensor, from shapes alone: zero bases, which project everything to zero."""
         bases = {
@@ -194,6 +199,11 @@ class RandomProjection(Projector):
 
     needs_gradient: ClassVar[bool] = False
 
+    @property
+    def orthonormal(self) -> bool:
+        """Not of Gaussian or Rademacher entries."""
+        return self.kind == "orthonormal"
+
     def init(self, plan: Plan, seed: int) -> State:
         """The seed, in force from the start: step k redraws when k is a multiple of the gap."""
         return {"age": 1, "seed": seed}
@@ -286,6 +296,11 @@ class OnlinePCA(SVD):
 
     periodic: ClassVar[bool] = False
     whole_gradient: ClassVar[str] = "the basis of Online Subspace Descent learns from GᵀGQ at every step"
+
+    @property
+    def orthonormal(self) -> bool:
+        """Only nearly."""
+        return False
 
     def init(self, plan: Plan, seed: int) -> State:
         """The bases and Adam's moments on them."""

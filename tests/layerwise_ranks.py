@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import noise
 
 import subspace_optim as so
+from subspace_optim.integrations.ddp import ProjectedState, projected_allreduce_hook
 
 STEPS, RANKS, PARTS = 12, 2, 2
 
@@ -71,6 +72,75 @@ def averaged(linear, rank):
     return {"weights": net.state_dict(), "norms": norms}
 
 
+HOOKED = {
+    "orthonormal": {},
+    "full": {"proj_type": "full"},
+    "gaussian": {"projector": so.RandomProjection(kind="gaussian")},
+    "codes": {"basis_bits": 8},
+}
+
+
+def hooked(rank, with_hook, settings):
+    """DDP with gradient accumulation, clipped by torch: with the hook or without."""
+    net = Experts(*list(model())[:2], nn.Tanh(), nn.Linear(10, 4).double())
+    cls = so.SubspaceOptimizer if "projector" in settings else so.GaLore
+    opt = cls(net.named_parameters(), lr=0.02, rank=3, update_proj_gap=4, **settings)
+    parallel = DistributedDataParallel(net)
+    state = ProjectedState(opt)
+    if with_hook:
+        parallel.register_comm_hook(state, projected_allreduce_hook)
+    grads = {}
+    for step in range(STEPS):
+        with parallel.no_sync():
+            backward(parallel, step, 0, rank)
+        backward(parallel, step, 1, rank)
+        if step == STEPS - 1:
+            grads = {name: param.grad.clone() for name, param in net.named_parameters()}
+        opt.step()
+        opt.zero_grad()
+    bases = {name: opt.state[p].get("basis") for name, p in net.named_parameters()}
+    return {"weights": net.state_dict(), "grads": grads, "bases": bases, "sent": (state.bytes_sent, state.bytes_whole)}
+
+
+def coded(rank, bits, feedback):
+    """What 16 equal gradients come to, relative to what was meant, once the bases are set; and bytes of one message."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 32))
+    opt = so.GaLore(net.named_parameters(), lr=0.0, rank=8, update_proj_gap=1000)
+    parallel = DistributedDataParallel(net)
+    state = ProjectedState(opt, bits, error_feedback=feedback)
+    parallel.register_comm_hook(state, projected_allreduce_hook)
+    total, x = torch.zeros(32, 24), noise(rank, (40, 24)).float()
+    steps = 16
+    for step in range(steps + 1):
+        before = state.bytes_sent
+        (parallel(x) * noise(7 + rank, (40, 32)).float()).sum().backward()
+        if step == 0:
+            basis_gradient = net[0].weight.grad.clone()
+        else:
+            total += net[0].weight.grad
+        opt.step()
+        opt.zero_grad()
+    basis = opt.state[net[0].weight]["basis"]
+    meant = steps * basis_gradient @ basis
+    return float((total @ basis - meant).norm() / meant.norm()), state.bytes_sent - before
+
+
+def bad(rank):
+    """A gradient that is not finite on one rank is skipped on both, and leaves no error behind."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12))
+    opt = optimizer(net, stagger=False, update_proj_gap=100)
+    parallel = DistributedDataParallel(net)
+    parallel.register_comm_hook(ProjectedState(opt, bits=8), projected_allreduce_hook)
+    for step in range(3):
+        x = torch.full((3, 8), torch.nan if step == 1 and rank == 1 else 1.0)
+        parallel(x).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    return opt.skipped_updates, net.state_dict()
+
+
 def message(error, run):
     try:
         run()
@@ -120,6 +190,10 @@ def main(folder):
     net = nn.Sequential(nn.Linear(8, 12))
     found["wrapped"] = message(TypeError, lambda: so.project_in_backward(DistributedDataParallel(net), optimizer(net)))
     found["wrapped later"] = message(RuntimeError, wrapped_later)
+    found |= {f"hooked {key}": [hooked(rank, on, s) for on in (False, True)] for key, s in HOOKED.items()}
+    found |= {f"coded {bits} {feedback}": coded(rank, bits, feedback) for bits in (8, 4) for feedback in (False, True)}
+    found["coded None True"] = coded(rank, None, True)
+    found["bad"] = bad(rank)
     found["early"] = message(RuntimeError, early)
     found["apart"] = message(RuntimeError, lambda: apart(rank))
     torch.save(found, folder / f"{rank}.pt")

@@ -20,6 +20,7 @@ from training import SHAPES, assert_same, build, net, noise, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspace_optim as so
+from subspace_optim.integrations.ddp import ProjectedState
 
 STEPS, PARTS = 50, 4
 SERVED = [method for method in METHODS + STORED_METHODS if not build(method, net()).whole_gradient]
@@ -767,6 +768,67 @@ def test_data_parallel_wrappers_are_refused(ranks):
         assert "has a gradient besides the one that was projected ahead" in saved["wrapped later"]
         assert "every rank has bases of its own gradients" in saved["early"]
         assert "0.weight was projected ahead on some ranks only" in saved["apart"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("key", layerwise_ranks.HOOKED)
+def test_a_hook_that_sends_r_steps_as_plain_ddp(ranks, key):
+    """With accumulation and refreshes, on bases of every kind; dense gradients are averaged as before."""
+    for saved in ranks:
+        plain, hooked = saved[f"hooked {key}"]
+        for name, weight in plain["weights"].items():
+            # float64, but float32 in the moments' and bases' codes, whose rounding tiny differences may turn.
+            torch.testing.assert_close(hooked["weights"][name], weight, rtol=0, atol=1e-9 if key != "codes" else 1e-4)
+        sent, whole = hooked["sent"]
+        assert 0 < sent < whole
+        for name, grad in plain["grads"].items():
+            if key == "orthonormal" and (basis := plain["bases"][name]) is None:
+                assert torch.allclose(hooked["grads"][name], grad, rtol=1e-9)
+            elif key == "orthonormal" and not torch.allclose(hooked["grads"][name], grad):
+                q = hooked["bases"][name]
+                right = q.shape[0] == grad.shape[1]
+                assert (q.mT @ q - torch.eye(3)).abs().max() < 1e-9
+                lows = [g @ basis if right else basis.mT @ g for g in (hooked["grads"][name], grad)]
+                torch.testing.assert_close(*lows, rtol=0, atol=1e-9)
+    assert_same(*(saved[f"hooked {key}"][1]["weights"] for saved in ranks))
+
+
+@pytest.mark.distributed
+def test_coded_messages(ranks):
+    """Their length is exact; error feedback keeps what sixteen messages lost to about what one did."""
+    dense, elements, rows = 4 * 32, 32 * 8, 32
+    lengths = {None: dense + 4 * elements, 8: dense + elements + 4 * rows, 4: dense + elements // 2 + 4 * rows}
+    for saved in ranks:
+        error, sent = saved["coded None True"]
+        assert sent == lengths[None] and error < 1e-6  # float32
+        for bits in (8, 4):
+            without, with_feedback = saved[f"coded {bits} False"], saved[f"coded {bits} True"]
+            assert without[1] == with_feedback[1] == lengths[bits]
+            # The same gradient rounds the same way each time, so that without feedback every message loses alike.
+            assert with_feedback[0] < without[0] / 4
+            assert without[0] < 2 ** (1 - bits)
+
+
+@pytest.mark.distributed
+def test_a_bad_gradient_of_one_rank_is_skipped_by_all(ranks):
+    for saved in ranks:
+        skipped, found = saved["bad"]
+        assert skipped == 2  # weight and bias, once
+        assert all(tensor.isfinite().all() for tensor in found.values())
+    assert_same(*(saved["bad"][1] for saved in ranks))
+
+
+def test_what_the_hook_cannot_do_is_refused():
+    opt = galore(mlp())
+    with pytest.raises(ValueError, match="bits=2 must be None, 8 or 4"):
+        ProjectedState(opt, bits=2)
+    with pytest.raises(ValueError, match="Flora cannot step from projected gradients: the fresh part"):
+        ProjectedState(so.Flora(mlp().parameters(), rank=2))
+    model = mlp()
+    opt = galore(model)
+    so.project_in_backward(model, opt)
+    with pytest.raises(RuntimeError, match="project_in_backward is on"):
+        ProjectedState(opt)
 
 
 def test_averaging_needs_ranks():

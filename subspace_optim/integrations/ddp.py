@@ -1,0 +1,193 @@
+"""DistributedDataParallel: a communication hook that sends R in the place of G.
+
+    model = DistributedDataParallel(net)
+    model.register_comm_hook(ProjectedState(opt), projected_allreduce_hook)
+
+mean(Gₖ) Q = mean(GₖQ), and all ranks have the same Q, so nothing that the optimizer sees is lost.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future, collect_all
+
+from ..engine import SubspaceOptimizer
+from ..kernels.reference import back
+from ..kernels.select import resolve
+from ..rules import flat
+from ..storage import Codec
+from ..types import Bases, Plan
+
+
+@dataclass(slots=True)
+class _Member:
+    """A projected tensor of a bucket."""
+
+    param: Tensor
+    grad: Tensor
+    plan: Plan
+    bases: list[Bases]
+    lows: list[Tensor]
+
+
+class ProjectedState:
+    """What `projected_allreduce_hook` keeps on one rank.
+
+    A message is R (m, r) of every projected tensor, G of all others and of those whose basis the coming step renews.
+    With `bits` it holds codes of R and a scale for each block of at most 256 in a row:
+        C = code(R + E);  E ← (R + E) - decode(C);  mean over ranks of decode(C)
+    E, the error feedback, stays on its rank; a renewal of the basis sends it along with G.
+
+    Args:
+        opt: the optimizer of this rank, over the parameters of the module that is wrapped.
+        bits: of an element of R in a message: None sends it as it is (float32), 8 or 4 as codes.
+        error_feedback: add what the last message lost to the next one.
+        group: the process group of DistributedDataParallel; the default one if that was given none.
+
+    Attributes:
+        bytes_sent: by this rank so far, as the length of its messages.
+        bytes_whole: what whole gradients would have been.
+
+    Raises:
+        ValueError: `bits` does not exist, or the method needs whole gradients.
+        RuntimeError: gradients are projected within backward already.
+
+    Source: arXiv 1901.09847 (error feedback).
+    """
+
+    def __init__(
+        self,
+        opt: SubspaceOptimizer,
+        bits: Literal[8, 4] | None = None,
+        error_feedback: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if bits not in (None, 8, 4):
+            raise ValueError(f"ProjectedState: bits={bits!r} must be None, 8 or 4")
+        if opt.whole_gradient:
+            raise ValueError(f"{type(opt).__name__} cannot step from projected gradients: {opt.whole_gradient}")
+        if opt.in_backward:
+            raise RuntimeError("ProjectedState: project_in_backward is on, which goes with average_gradients")
+        self.opt, self.bits, self.error_feedback, self.group = opt, bits, error_feedback, group
+        self.bytes_sent = self.bytes_whole = 0
+        self._errors: dict[Tensor, list[Tensor]] = {}
+        self._index = {param: i for i, g in enumerate(opt.param_groups) for param in g["params"]}
+
+    @torch.no_grad()
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        """Average a bucket over the ranks; of a projected tensor comes back what projects to the mean of R."""
+        whole: list[Tensor] = []
+        members: list[_Member] = []
+        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            plan = self.opt.low_plan(self._index[param], param) if param in self._index else None
+            if plan is not None:
+                bases, kernel = self.opt.bases(plan, param), resolve(self.opt.backend, plan)
+                lows = kernel.project(plan.matrices(grad), flat(bases), plan.side, plan.state_dtype)
+                members.append(_Member(param, grad, plan, bases, lows))
+                continue
+            if param in self._errors:  # seen in the basis that the coming step renews
+                plan = self.opt.plan_of(self._index[param], param)
+                bases = self.opt.bases(plan, param)
+                grad.add_(self._seen(_Member(param, grad, plan, bases, self._errors.pop(param))))
+            whole.append(grad)
+        buffer, ranks = bucket.buffer(), dist.get_world_size(self.group)
+        self.bytes_whole += buffer.nbytes
+        lows = [low for member in members for low in member.lows]
+        sums = [torch.cat([t.flatten() for t in some]).div_(ranks) for some in (whole, lows * (not self.bits)) if some]
+        works = [dist.all_reduce(total, group=self.group, async_op=True) for total in sums]
+        sent = list(sums)
+        received: list[Tensor] = []
+        if self.bits and lows:
+            sent.append(self._encoded(members))
+            received = [torch.empty_like(sent[-1]) for _ in range(ranks)]
+            works.append(dist.all_gather(received, sent[-1], group=self.group, async_op=True))
+        self.bytes_sent += sum(message.nbytes for message in sent)
+
+        def finish(done: Future[Any]) -> Tensor:
+            done.wait()
+            with torch.no_grad():
+                if whole:
+                    torch._foreach_copy_(whole, _parts(sums[0], whole))
+                if lows:
+                    torch._foreach_copy_(lows, self._decoded(received, lows) if self.bits else _parts(sums[-1], lows))
+                    for member in members:
+                        member.grad.copy_(self._seen(member))
+            return buffer
+
+        return collect_all([work.get_future() for work in works]).then(finish)
+
+    def _seen(self, member: _Member) -> Tensor:
+        """The gradient in the span of the bases that projects to the member's R."""
+        plan, matrices = member.plan, []
+        assert self.opt.projector is not None
+        for low, bases in zip(member.lows, member.bases, strict=True):
+            if not self.opt.projector.orthonormal or plan.basis_bits < 32:
+                for side, basis in zip(plan.sides, bases, strict=True):
+                    inverse = torch.linalg.pinv(basis.mT @ basis, hermitian=True)
+                    low = inverse @ low if side == "left" else low @ inverse
+            matrices.append(back(low, bases, plan.side))
+        return torch.stack(matrices).view(plan.shape)
+
+    def _encoded(self, members: list[_Member]) -> Tensor:
+        """The message of all members, as bytes: of each R its codes, then its scales."""
+        pieces = []
+        for member in members:
+            if self.error_feedback and member.param in self._errors:
+                torch._foreach_add_(member.lows, self._errors[member.param])
+            left = []
+            for low in member.lows:
+                codec = self._codec(low)
+                codes, scales = (
+                    torch.empty(shape, dtype=dtype, device=low.device)
+                    for shape, dtype in zip(codec.shapes(low.shape), (torch.uint8, torch.float32), strict=True)
+                )
+                codec.encode_(low, codes, scales)
+                left.append(torch.nan_to_num(low - codec.decode(codes, scales, low.dtype), 0.0, 0.0, 0.0))
+                scales.masked_fill_(~low.isfinite().all(), math.nan)  # a bad gradient is bad on every rank
+                pieces += [codes.flatten(), scales.flatten().view(torch.uint8)]
+            if self.error_feedback:
+                self._errors[member.param] = left
+        return torch.cat(pieces)
+
+    def _decoded(self, received: Iterable[Tensor], lows: list[Tensor]) -> list[Tensor]:
+        """The means over ranks of what their messages hold."""
+        totals = [torch.zeros_like(low) for low in lows]
+        for message in received:
+            at = 0
+            for total in totals:
+                codec = self._codec(total)
+                codes, scales = (math.prod(shape) for shape in codec.shapes(total.shape))
+                code, scale = message[at : at + codes], message[at + codes : at + codes + 4 * scales].clone()
+                shapes = codec.shapes(total.shape)
+                total += codec.decode(code.view(shapes[0]), scale.view(torch.float32).view(shapes[1]), total.dtype)
+                at += codes + 4 * scales
+        torch._foreach_div_(totals, dist.get_world_size(self.group))
+        return totals
+
+    def _codec(self, low: Tensor) -> Codec:
+        assert self.bits
+        return Codec("linear", self.bits, -1, low.shape[-1])
+
+
+def projected_allreduce_hook(state: ProjectedState, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    """For `DistributedDataParallel.register_comm_hook`: average R of projected tensors and G of the others.
+
+    p.grad is then the back-projected mean of R, and the step projects it again: exact to rounding, whatever the
+    trainer does with p.grad in between (clipping, logging). With bases that are not orthonormal (Gaussian, Rademacher,
+    quantised) it is R(QᵀQ)⁻¹Qᵀ, which projects to R as well.
+
+    Args:
+        state: made for this rank's optimizer.
+        bucket: of gradients, from DistributedDataParallel.
+    """
+    return state.reduce(bucket)
+
+
+def _parts(total: Tensor, like: list[Tensor]) -> list[Tensor]:
+    pieces = torch.split(total, [tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
