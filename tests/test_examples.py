@@ -8,6 +8,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[1] / "subspace_optim" / "docs" / "examples").glob("*.py"))
 
 
+@pytest.mark.filterwarnings("ignore")  # what frameworks say of their own defaults
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
