@@ -232,6 +232,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
     budget.add_argument("--keep", type=int, metavar="N", help="checkpoints to keep (default: 2)")
     budget.add_argument(
+        "--watch", type=int, metavar="N", help="steps between looks at what each layer's subspace captures; 0: none"
+    )
+    budget.add_argument(
         "--seed", type=int, metavar="N", help="of the weights, the data order and the optimizer (default: 0)"
     )
 

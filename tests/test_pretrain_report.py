@@ -8,6 +8,7 @@ import pytest
 from pretraining import micro, state_at, write_corpus
 
 from subspace_optim.cli import main
+from subspace_optim.integrations.watch import read_lines
 from subspace_optim.pretrain import report
 from subspace_optim.pretrain.display import Display, count, duration, size, table
 
@@ -119,3 +120,18 @@ def test_a_terminal_gets_the_live_panel(monkeypatch, capsys):
     plain.step(3, {"loss": "4.2"}, line=True)
     plain.step(4, {"loss": "4.1"}, line=False)
     assert capsys.readouterr().out == "step      3  loss 4.2\n"
+
+
+def test_a_watched_run_goes_on_with_its_figures(tmp_path, monkeypatch):
+    """The steps of the first part and those after it are on one page; what was not watched leaves no file."""
+    monkeypatch.setenv("SUBSPACE_OPTIM_CACHE", str(tmp_path / "cache"))
+    corpus = write_corpus(tmp_path / "email")
+    assert main(micro(corpus, tmp_path / "run", "--steps", 8, "--watch", 3)) == 0
+    assert main(["pretrain", "--resume", str(tmp_path / "run"), "--steps", "12", "--plain"]) == 0
+    records = read_lines(tmp_path / "run" / "figures.jsonl")
+    assert [step for step, _ in records] == [1, 4, 7, 9, 12]
+    assert any(layer.captured for layer in records[-1][1])
+    page = (tmp_path / "run" / "figures.html").read_text()
+    assert "Step 12, 5 looks" in page and "galore on tiny" in page
+    assert main(micro(corpus, tmp_path / "run", "--steps", 4, "--overwrite")) == 0
+    assert not list((tmp_path / "run").glob("figures.*"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from subspace_optim.integrations.watch import JSONLines, Page, Watch, read_lines
 from subspace_optim.pretrain import checkpoint
 from subspace_optim.pretrain.config import (
     FREE_ON_RESUME,
@@ -34,7 +35,8 @@ from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, wr
 from subspace_optim.pretrain.sources import STDLIB, open_source
 
 RUNS = Path("runs")
-_OURS = (checkpoint.FOLDER, "report.json", "report.png")
+_FIGURES = ("figures.jsonl", "figures.html")
+_OURS = (checkpoint.FOLDER, "report.json", "report.png", *_FIGURES)
 
 
 def pretrain(given: Mapping[str, Any]) -> int:
@@ -74,7 +76,7 @@ def pretrain(given: Mapping[str, Any]) -> int:
             clear(folder)
     introduce(run)
     try:
-        with _plain_words(run.config):
+        with _plain_words(run.config), _watched(run):
             run.train()
     except Interrupted as stop:
         display.result(f"stopped by {stop} after step {run.step}; everything is saved. Go on with:")
@@ -91,6 +93,19 @@ def pretrain(given: Mapping[str, Any]) -> int:
     draw_run(run.folder / "report.png", report)
     _conclude(run, report)
     return 0
+
+
+@contextmanager
+def _watched(run: Run) -> Iterator[None]:
+    """Look at every `--watch`-th step; a run that goes on adds to what it had seen."""
+    if not run.config.watch:
+        yield
+        return
+    lines, page = (run.folder / name for name in _FIGURES)
+    earlier = [record for record in read_lines(lines) if record[0] <= run.step] if lines.exists() else []
+    sinks = JSONLines(lines), Page(page, f"{run.config.optimizer} on {run.config.model}", earlier)
+    with Watch(run.optimizer, *sinks, every=run.config.watch):
+        yield
 
 
 def _fitted(options: dict[str, Any], display: Display) -> dict[str, Any]:
@@ -259,7 +274,7 @@ def _conclude(run: Run, report: Mapping[str, Any]) -> None:
         say(f"{report['skipped_steps']} steps were skipped because the loss or its gradient was not finite")
     run.display.result(
         f"perplexity {final['perplexity']:.2f} on {final['tokens']} held-out tokens after {report['tokens']} training "
-        f"tokens; see {run.folder / 'report.json'} and report.png"
+        f"tokens; see {run.folder / 'report.json'}, report.png{' and figures.html' * bool(run.config.watch)}"
     )
 
 

@@ -124,6 +124,7 @@ class RunConfig:
     eval_tokens: int
     save_every: int
     keep: int
+    watch: int
 
     @property
     def tokens_per_step(self) -> int:
@@ -171,7 +172,7 @@ class RunConfig:
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
 # steps, which a person sets on purpose to train for longer.
-FREE_ON_RESUME = frozenset({"steps", "device", "compile", "layerwise", "eval_every", "save_every", "keep"})
+FREE_ON_RESUME = frozenset({"steps", "device", "compile", "layerwise", "eval_every", "save_every", "keep", "watch"})
 LAYERWISE = ("off", "hooks", "linear")
 
 
@@ -228,7 +229,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         "dtype": "float32", "gradient_checkpointing": False, "compile": False,
         "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
         "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off", "seed": 0,
-        "eval_every": size.every, "save_every": size.every, "keep": 2,
+        "eval_every": size.every, "save_every": size.every, "keep": 2, "watch": 0,
     }  # fmt: skip
     if values.get("warmup", 0) > values["steps"]:
         raise UserError(f"--warmup {values['warmup']}: is longer than the run of {values['steps']} steps")
@@ -248,7 +249,7 @@ _AT_LEAST_ONE = (
     "tokens", "steps", "batch_size", "accumulate", "seq_len", "hidden", "intermediate", "heads", "layers",
     "update_proj_gap", "eval_every", "eval_tokens", "save_every", "keep",
 )  # fmt: skip
-_NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed")
+_NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed", "watch")
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:

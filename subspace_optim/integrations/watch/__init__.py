@@ -130,15 +130,16 @@ class Page:
     Args:
         path: of the .html file; its folder is made.
         title: of the page.
+        earlier: what an interrupted run had seen, from `read_lines`.
     """
 
-    def __init__(self, path: str | Path, title: str = "What the subspaces see") -> None:
+    def __init__(self, path: str | Path, title: str = "What the subspaces see", earlier: Iterable[Record] = ()) -> None:
         import matplotlib  # noqa: F401  # before the run rather than after it
 
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.title = title
-        self._records: list[Record] = []
+        self._records = list(earlier)
 
     def write(self, step: int, layers: Sequence[LayerReport]) -> None:
         """Keep it for the plots."""
