@@ -83,3 +83,12 @@ def test_unknown_mode_is_refused(tmp_path):
     status, output, _ = build(tmp_path, SSO_BUILD="maybe")
     assert status != 0
     assert "SSO_BUILD='maybe' must be one of auto, native, off" in output
+
+
+@pytest.mark.parametrize(("value", "message"), [("1", "no nvcc in PATH"), ("yes", "must be 0 or 1")])
+def test_cuda_is_built_or_refused(tmp_path, value, message):
+    status, output, libraries = build(
+        tmp_path, SSO_BUILD="off", SSO_BUILD_CUDA=value, PATH=str(tmp_path), CUDA_HOME=str(tmp_path)
+    )
+    assert (status, libraries) == (1, [])
+    assert message in output
