@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // The whole step of 64 lines: G is read once, W is read and written once, R and N never leave the multiprocessor.
+// Beyond its edges N is zero, as the tiles of G and Q are that it comes from.
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
     fused(Group group, Moments moments, bool stochastic, const Scalars* all, Shape s) {
@@ -224,8 +225,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                         adam_run<true>(moments.at(all[y]), moments.transform, group.m[y] + first, group.v[y] + first,
                                        count, x);
                       }
-#pragma unroll
-                      for (int e = 0; e < kRun; ++e) x[e] = e < count ? x[e] : 0;
                       write(updates + (left ? (q * kSlice + i) * pitch + j : i * pitch + q * kSlice + j), kRun, x);
                     });
   }

@@ -421,7 +421,8 @@ def _step(
                 *(*adam.numbers, counted if write else 0, False, len(seeds) > 0, scalars.data_ptr()),
             )
     elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
-        low = torch.float32 if side == "both" or grads[0].dtype != kind else kind
+        same = side != "both" and grads[0].dtype == kind
+        bases, low = (_operands(bases, kind), kind) if same else (bases, torch.float32)
         updates = _low(grads, bases, side, low, adam, scalars)
         _write(params, updates, bases, side, seeds, scalars, counted=counted)
     else:
