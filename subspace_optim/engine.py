@@ -539,8 +539,10 @@ class SubspaceOptimizer(Optimizer):
         return bucket, entries
 
     def _step_bucket(self, work: _Work) -> None:
-        hyper = _hyper(work.group, work.bucket.plan)
-        for part in storage.parts(work.bucket):
+        plan = work.bucket.plan
+        hyper = _hyper(work.group, plan)
+        workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
+        for part in storage.parts(work.bucket, workspace):
             bucket = storage.opened(part)
             self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket)
@@ -555,9 +557,13 @@ class SubspaceOptimizer(Optimizer):
             return
         assert self.projector is not None
         self._refresh(group, bucket, hyper)
+        lows, seen = [], bucket
+        if self.projector.learns and not self.rule.whole_gradient:
+            lows = kernel.project(bucket.grads, flat(bucket.bases), plan.side, plan.state_dtype)
+            seen = replace(bucket, grads=lows, projected=True)
         with self.observer.step(self.rule, bucket, kernel):
-            self.rule.step_(bucket, hyper, kernel)
-        changes = self.projector.advance_(plan, bucket.states, bucket.grads, _lr_ratio(group))
+            self.rule.step_(seen, hyper, kernel)
+        changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
         if changes is not None:
             self.rule.carry_(plan, bucket.states, changes, hyper)
             storage.keep_bases_(bucket)

@@ -41,6 +41,7 @@ class Projector:
 
     needs_gradient: ClassVar[bool] = True  # a refresh waits for a gradient that is not zero
     periodic: ClassVar[bool] = True  # refreshed every update_proj_gap steps, and so staggered
+    learns: ClassVar[bool] = False  # from every gradient, in `advance_`
     whole_gradient: ClassVar[str] = ""  # why every step needs more of a gradient than R, if it does
 
     @property
@@ -71,10 +72,14 @@ class Projector:
         return [tuple(state[key] for key in plan.basis_keys) for state in states]
 
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lr_ratio: float
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
     ) -> list[Change] | None:
-        """Learn from the gradients after the parameters have been written."""
+        """Learn from the gradients after the parameters have been written; `lows` are their R where there is one."""
         return None
+
+    def workspace(self, plan: Plan) -> int:
+        """Bytes for each matrix that a whole step holds beside the state."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,10 @@ class RandomProjection(Projector):
             state["seed"] = self.next_seed(state["seed"])
         return [change_of_basis(plan, old, new) for old, new in zip(olds, self.bases(plan, states), strict=True)]
 
+    def workspace(self, plan: Plan) -> int:
+        """The bases are not state."""
+        return plan.state_dtype.itemsize * sum(math.prod(shape) for shape in plan.basis_shapes)
+
     def next_seed(self, seed: int) -> int:
         """The seed of the next basis."""
         return philox.mix(seed, 1)
@@ -295,6 +304,7 @@ class OnlinePCA(SVD):
     retract_every: int | None = None
 
     periodic: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     whole_gradient: ClassVar[str] = "the basis of Online Subspace Descent learns from GᵀGQ at every step"
 
     @property
@@ -312,21 +322,27 @@ class OnlinePCA(SVD):
         """Only once."""
         return bool(state["age"] == UNSET)
 
+    def workspace(self, plan: Plan) -> int:
+        """R is kept from the step to `advance_`."""
+        return plan.state_dtype.itemsize * math.prod(plan.low_shape)
+
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lr_ratio: float
+        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
     ) -> list[Change] | None:
         """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
         changes = []
         norms = [torch.linalg.vector_norm(grad, dtype=plan.state_dtype) for grad in grads]
         if plan.sharding.cuts():
             norms = [square.sqrt() for square in plan.sharding.sum([norm.square() for norm in norms])]
-        for state, grad, norm in zip(states, grads, norms, strict=True):
+        for i, (state, grad, norm) in enumerate(zip(states, grads, norms, strict=True)):
             if state["age"] <= 0 or not norm > 0:
                 changes.append(_identity(plan))
                 continue
             state["basis_step"] += 1
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
-                self._descend_(state, key, self.gradient(state[key], grad, norm, side, plan.sharding), lr_ratio)
+                low = _oriented(lows[i], side) if lows and plan.side != "both" else None
+                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low)
+                self._descend_(state, key, slope, lr_ratio)
             retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
             changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
         return changes if self.retract_every is not None else None
@@ -342,15 +358,29 @@ class OnlinePCA(SVD):
         q.addcdiv_(first, scale, value=-rate / (1 - self.basis_betas[0] ** k))
 
     def gradient(
-        self, q: Tensor, grad: Tensor, norm: Tensor, side: Side = "right", sharding: Sharding = WHOLE
+        self,
+        q: Tensor,
+        grad: Tensor,
+        norm: Tensor,
+        side: Side = "right",
+        sharding: Sharding = WHOLE,
+        low: Tensor | None = None,
     ) -> Tensor:
-        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q."""
-        wide = _oriented(grad, side).to(q.dtype)
-        low, excess = sharding.sum([(wide @ q) / norm, q.mT @ q], _axis(side))
-        pulled, gram = sharding.sum([(wide.mT @ low) / norm, low.mT @ low], 1 - _axis(side))
+        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q.
+
+        `low` is grad Q, where it is known.
+        """
+        wide, rank, along = _oriented(grad, side).to(q.dtype), q.shape[1], _axis(side)
+        if low is None:
+            (low,) = sharding.sum([wide @ q], along)
+        (pulled,) = sharding.sum([(wide.mT @ (low / norm)).div_(norm)], 1 - along)
+        both = torch.cat((q, pulled), dim=1)
+        (overlap,) = sharding.sum([q.mT @ both], along)  # QᵀQ beside R̂ᵀR̂ = QᵀĜᵀR̂
+        excess = overlap[:, :rank].clone()
         excess.diagonal().sub_(1)
-        slope = 2 * (q @ gram + pulled @ excess - pulled)
-        return slope.add_(q @ excess, alpha=4 * self.orth_lambda) if self.orth_lambda else slope
+        of_q = overlap[:, rank:].add(excess, alpha=2 * self.orth_lambda)
+        excess.diagonal().sub_(1)
+        return (both @ torch.cat((of_q, excess))).mul_(2)
 
 
 _BASIS_MOMENTS = ("exp_avg", "exp_avg_sq")

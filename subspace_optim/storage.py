@@ -32,6 +32,7 @@ Kind = Literal["signed", "unsigned", "linear"]
 
 BLOCK = 256  # elements that share a scale
 OPEN_BYTES = 2**26  # decoded at a time, unless a single matrix takes more
+WORK_BYTES = 2**20  # the same on a CPU where nothing is decoded: a call costs little there
 _CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
 
 
@@ -243,12 +244,19 @@ def with_bases(plan: Plan, state: State) -> State:
     return state if is_plain(plan) else Opened(plan, state, plan.basis_keys)
 
 
-def parts(bucket: Bucket) -> Iterator[Bucket]:
-    """The bucket in parts that may be opened one after another: as it is where nothing has to be."""
-    if is_plain(bucket.plan):
+def parts(bucket: Bucket, workspace: int = 0) -> Iterator[Bucket]:
+    """The bucket in parts that may be opened and stepped one after another: as it is where none needs memory.
+
+    Args:
+        bucket: as it is kept.
+        workspace: bytes that stepping one matrix takes beside what is opened.
+    """
+    each = (0 if is_plain(bucket.plan) else open_bytes(bucket.plan.whole)) + workspace  # the same on every rank
+    most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
+    at_once = max(1, most // each) if each else len(bucket)
+    if at_once >= len(bucket):
         yield bucket
         return
-    at_once = max(1, OPEN_BYTES // open_bytes(bucket.plan.whole))  # the same on every rank
     for begin in range(0, len(bucket), at_once):
         yield bucket.part(list(range(begin, min(begin + at_once, len(bucket)))))
 

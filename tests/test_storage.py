@@ -286,13 +286,14 @@ def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
         assert (used.mT @ used - torch.eye(32)).abs().max() < 2 * error
 
 
-def test_a_bucket_is_stepped_in_parts_of_bounded_size(monkeypatch):
-    """Random bases, which are not factorised in batches: bit for bit."""
+@pytest.mark.parametrize(("limit", "bits"), [("OPEN_BYTES", 8), ("WORK_BYTES", 32)])
+def test_a_bucket_is_stepped_in_parts_of_bounded_size(monkeypatch, limit, bits):
+    """Random bases, which are not factorised in batches and take memory as they are: bit for bit."""
     ends = []
-    for size in (storage.OPEN_BYTES, 1):
-        monkeypatch.setattr(storage, "OPEN_BYTES", size)
+    for size in (getattr(storage, limit), 1):
+        monkeypatch.setattr(storage, limit, size)
         params = [torch.nn.Parameter(noise(i, (12, 7)).float()) for i in range(4)]
-        opt = so.SubspaceOptimizer(params, so.RandomProjection(2, 3), lr=0.1, state_bits=8)
+        opt = so.SubspaceOptimizer(params, so.RandomProjection(2, 3), lr=0.1, state_bits=bits)
         for step in range(5):
             for i, param in enumerate(params):
                 param.grad = noise(10 * step + i, (12, 7)).float()
