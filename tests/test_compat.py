@@ -67,6 +67,37 @@ def test_the_peers_numbers(name, shape):
     assert error < TOLERANCE
 
 
+FACTORY = {"galore": {"rank": 2, "update_proj_gap": 3, "scale": 2.0, "proj_type": "std"}}
+FACTORY["apollo"] = FACTORY["galore"] | {"proj": "random", "scale_type": "channel", "scale_front": False}
+RATES = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-8}
+
+
+@pytest.mark.parametrize(
+    ("cls", "keys", "options"),
+    [
+        (GaLoreAdamW, FACTORY["galore"], RATES),
+        (GaLoreAdamW8bit, FACTORY["galore"], RATES | {"optim_bits": 8, "is_paged": False}),
+        (GaLoreAdafactor, FACTORY["galore"], {"lr": 0.01, "scale_parameter": False, "relative_step": False}),
+        (APOLLOAdamW, FACTORY["apollo"], RATES),
+    ],
+)
+def test_llama_factorys_call(cls, keys, options):
+    """Three groups, the first maybe empty, and what transformers gives for its `optim`."""
+    dense, projected = (torch.nn.Parameter(noise(i, (12, 7))) for i in range(2))
+    decayed = {"weight_decay": 0.1}
+    entries = [
+        {"params": [], "weight_decay": 0.0}, {"params": [dense], **decayed}, {"params": [projected], **decayed, **keys},
+    ]  # fmt: skip
+    opt = cls(entries, **options)
+    for param in (dense, projected):
+        param.grad = noise(5, (12, 7))
+    opt.step()
+    assert "age" in opt.state[projected]
+    assert "age" not in opt.state[dense]
+    assert [group["weight_decay"] for group in opt.param_groups] == [0.0, 0.1, 0.1]
+    assert opt.param_groups[2]["betas"] == options.get("betas", (0.0, 0.999))
+
+
 def test_a_plain_list_of_parameters_is_dense():
     for cls in (GaLoreAdamW, APOLLOAdamW):
         opt = cls([torch.nn.Parameter(torch.ones(300, 200))])
