@@ -28,7 +28,7 @@ from .distributed import Axes
 from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
-from .projectors import UNSET, Projector
+from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
 from .types import Bases, Bucket, Hyper, Plan, State, make_plan, stack_states, state_axes, unstack_state
 
@@ -595,7 +595,7 @@ class SubspaceOptimizer(Optimizer):
                 continue
             part = bucket.part(list(targets))
             try:
-                with self.observer.refresh(projector, part):
+                with self.observer.refresh(projector, part), exact_products():
                     changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
             except LinAlgError:
                 continue

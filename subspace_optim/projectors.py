@@ -8,7 +8,8 @@ c = Q_oldᵀ Q_new, by which the rule carries its moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -251,6 +252,20 @@ class RandomProjection(Projector):
             return random_bases(seeds, shape, device)
         draw = philox.signs if self.kind == "rademacher" else philox.normal
         return [draw(seed, shape, device) * shape[-1] ** -0.5 for seed in seeds]
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis."""
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    allowed = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, allowed, strict=True):
+            place.fp32_precision = precision
 
 
 def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:

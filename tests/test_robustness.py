@@ -199,6 +199,32 @@ def test_a_basis_is_orthonormal_after_a_rank_deficient_refresh(svd):
     torch.testing.assert_close(basis.mT @ basis, torch.eye(3), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_refresh_multiplies_in_float32_whatever_the_process_allows(monkeypatch, precision, fails):
+    """TF32 or bfloat16 products inside the refresh change the update by more than its size (rank-deficient layers)."""
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    during = []
+    whole = so.SVD.refresh_
+
+    def refresh_(self, *arguments):
+        during.append([place.fp32_precision for place in places])
+        if fails:
+            raise torch.linalg.LinAlgError
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(so.SVD, "refresh_", refresh_)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        before = [place.fp32_precision for place in places]
+        run(so.GaLore, [noise(0, (12, 7)).float()])
+        assert [place.fp32_precision for place in places] == before
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert during == [["ieee", "ieee"]]
+
+
 def test_opposite_gradients_span_the_same_subspace():
     """D15: nothing here depends on the sign of a singular vector."""
     grad = noise(1, (12, 7))
