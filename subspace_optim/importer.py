@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import storage
+from . import distributed, storage
 from .engine import SubspaceOptimizer, _name, _plan
 from .projectors import UNSET, Projector
 from .rules import Adam, Apollo, carried
@@ -39,7 +39,8 @@ def import_checkpoint(
 
     What is projected here and was dense there starts in the singular subspace of its first moment M (a random
     projection: in its own basis): M is projected and V follows as V (Q∘Q), as the variances of independent entries
-    would. Hyperparameters stay the optimizer's own. Tensors without state there have none here.
+    would. Hyperparameters stay the optimizer's own. Tensors without state there have none here. Sharded parameters
+    take their part of what every rank reads.
 
     Args:
         optimizer: over the same parameters, whose rules keep Adam's moments. Its state, if any, is replaced.
@@ -76,7 +77,7 @@ def import_checkpoint(
     ):
         group = optimizer.param_groups[g]
         if states.get(their_index):
-            name, plan = f"import_checkpoint: {_name(group, i)}", _plan(param, group)
+            name, plan = f"import_checkpoint: {_name(group, i)}", _plan(param, group).whole
             kept = optimizer._init_state(plan, group, position)
             members = unstack_state(kept, plan.stack) if plan.stack else [kept]
             rule = optimizer.rule if plan.side else optimizer.dense_rule
@@ -185,7 +186,7 @@ def _bases(name: str, plan: Plan, theirs: Any) -> Bases:
 
 def _decoded(name: str, state: State, key: str) -> Tensor:
     """A moment; bitsandbytes' codes look up a table, in blocks with a scale each."""
-    value = state[key]
+    value = distributed.whole(state[key])
     if value.dtype != torch.uint8:
         return value
     number = key[-1]
