@@ -11,18 +11,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import philox, storage
 from .engine import SubspaceOptimizer
 from .types import Plan, make_plan
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROLES = {"q_proj": 0.5, "k_proj": 0.5}  # low-rank changes of q and k matter least (UniPano)
 DECAY = 2.0  # of a gradient's energies s_k² ∝ k^-DECAY where none is measured; 60M at r = 128 loses 0.1 to 1 % so
+
+BITS: dict[str, tuple[int, ...]] = {"state_bits": (32, 8), "basis_bits": (32, 8, 4)}
+_KINDS: tuple[tuple[str, storage.Kind], ...] = (
+    ("state_bits", "signed"),
+    ("state_bits", "unsigned"),
+    ("basis_bits", "linear"),
+)
 
 Group = dict[str, Any]
 
@@ -50,41 +59,46 @@ def choose(
     spectra: Mapping[str, Tensor] | None = None,
     roles: Mapping[str, float] | None = None,
     ranks: Sequence[int] = RANKS,
-    bits: Mapping[str, Sequence[int]] | None = None,
+    bits: Mapping[str, Sequence[int]] = BITS,
 ) -> dict[str, Choice]:
-    """A choice for every projected matrix.
+    """A choice for every matrix; vectors count against the budget as they are.
 
     Args:
-        groups: of `param_groups`; those without a rank are dense, and count against the budget as they are.
+        groups: of `param_groups`; the matrices of those without a rank stay dense, and only their bits are chosen.
         make: from groups to the optimizer whose state is counted.
         budget: bytes of all optimizer state.
         spectra: singular values of a gradient by the name of its matrix; without them s_k² ∝ 1/k² is assumed.
         roles: weight of the matrices whose name contains a word; 1 for others. Every weight is times m·n.
         ranks: to choose from; dense is always one of the options.
-        bits: values to choose from, of state_bits and basis_bits.
+        bits: values to choose from, of state_bits and of basis_bits.
 
     Raises:
         ValueError: the budget is below the least that the model can do with, which the message names.
     """
-    fixed = sum(_state_bytes(make, {**g, "params": [p]}) for g in groups if g["rank"] is None for _, p in g["params"])
+    fixed = 0
     members: dict[Any, list[str]] = defaultdict(list)
     tables: dict[Any, list[Choice]] = {}
     weights: dict[Any, float] = {}
     for group in groups:
-        for name, param in group["params"] if group["rank"] is not None else ():
+        dense = group["rank"] is None
+        for name, param in group["params"]:
+            if param.ndim < 2:
+                fixed += _state_bytes(make, {**group, "params": [param]})
+                continue
             role = next((w for word, w in (ROLES if roles is None else roles).items() if word in name), 1.0)
-            spectrum = None if spectra is None else spectra[name]
-            key = (*param.shape, param.dtype, group.get("batch_dims", 0), role, name if spectra is not None else "")
+            spectrum = None if spectra is None or dense else spectra[name]
+            own = "" if spectrum is None else name
+            key = (*param.shape, param.dtype, dense, group.get("batch_dims", 0), role, own)
             members[key].append(name)
             if key not in tables:
-                tables[key] = _options(group, param, make, spectrum, ranks, bits or {})
+                tables[key] = _options(group, param, make, spectrum, () if dense else ranks, bits)
                 weights[key] = role * param.numel()
     keys = list(members)
     least = fixed + sum(len(members[k]) * min(choice.nbytes for choice in tables[k]) for k in keys)
     if budget < least:
         raise ValueError(
             f"budget={budget}: the least that this model's optimizer state can take is {least} bytes "
-            f"({least / 2**20:.1f} MiB), {fixed} of them of tensors that are not projected"
+            f"({least / 2**20:.1f} MiB)"
         )
     total = sum(weights[k] * len(members[k]) for k in keys)
     costs = [[weights[k] / total * choice.lost for choice in tables[k]] for k in keys]
@@ -154,11 +168,26 @@ def _options(
     options = []
     for rank, *values in product((None, *(r for r in ranks if r < smaller)), *bits.values()):
         keys: dict[str, Any] = {"rank": rank, **dict(zip(bits, values, strict=True))}
-        if rank is None and "basis_bits" in keys and keys.pop("basis_bits") != bits["basis_bits"][0]:
+        if rank is None and keys.pop("basis_bits", None) not in (None, bits["basis_bits"][0]):
             continue
         nbytes = _state_bytes(make, {**group, **keys, "params": [param]})
-        options.append(Choice(keys, nbytes, lost[rank or smaller]))
+        error = sum(coding_error(kind, keys[key]) for key, kind in _KINDS if key in keys)
+        options.append(Choice(keys, nbytes, lost[rank or smaller] + error))
     return options
+
+
+@lru_cache(maxsize=16)
+def coding_error(kind: storage.Kind, bits: int) -> float:
+    """Share of the energy of normally distributed numbers (unsigned: of their squares) that a code of `bits` loses."""
+    if bits == 32:
+        return 0.0
+    x = philox.normal(0, (64, storage.BLOCK), torch.device("cpu")).float()
+    x = x.square() if kind == "unsigned" else x
+    codec = storage.Codec(kind, bits, -1, storage.BLOCK)
+    codes, scales = codec.shapes(x.shape)
+    kept = torch.zeros(codes, dtype=torch.uint8), torch.zeros(scales)
+    codec.encode_(x, *kept)
+    return float((codec.decode(*kept, x.dtype) - x).square().sum() / x.square().sum())
 
 
 def _matrix_plan(group: Group, param: Tensor) -> Plan:

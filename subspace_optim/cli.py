@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--fit",
         metavar="SIZE",
-        help="make the run fit into so much memory, such as 24GB: checkpointing, micro-batch, precision, rank, the "
-        "cheapest first; options that are given stay (on a CPU: beside what Python and torch take)",
+        help="make the run fit into so much memory (24GB): checkpointing, micro-batch, layerwise, bits, precision, "
+        "rank, the cheapest first; options that are given stay (on a CPU: beside what Python and torch take)",
     )
     where = one.add_argument_group("results")
     where.add_argument("--out", metavar="DIR", help="where checkpoints and reports go (default: a new folder in runs/)")
@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     memory.add_argument("--gpu", metavar="SIZE", help="what it is to fit into, such as 24GB (24·10⁹ bytes) or 22GiB")
-    memory.add_argument("--budget", metavar="SIZE", help="for the optimizer state: choose the rank of every matrix")
+    memory.add_argument(
+        "--budget", metavar="SIZE", help="for the optimizer state: choose rank and bits of every matrix"
+    )
     memory.add_argument("--json", metavar="FILE", help="write the plan there as well")
     memory.add_argument("--optimizer", metavar="NAME", help="as of pretrain (default: galore)")
     _add_model_options(memory)
@@ -177,6 +179,15 @@ def _add_projection_options(update: argparse._ActionsContainer) -> None:
     update.add_argument(
         "--rank", type=_rank, metavar="R", help="of the projection; below 1: a fraction of the dimension"
     )
+    for what in ("state", "basis"):
+        name = {"state": "moments", "basis": "bases"}[what]
+        update.add_argument(f"--{what}-bits", type=int, choices=BITS, help=f"of the {name} (default: 32)")
+    update.add_argument(
+        "--layerwise",
+        choices=LAYERWISE,
+        help="keep no whole gradient: project each one as backward makes it (hooks), or let the backward of linear "
+        "layers make the projected one (linear); a new projection is of the first micro-batch then (default: off)",
+    )
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -208,17 +219,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
     update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
     update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")
-    for what in ("state", "basis"):
-        name = {"state": "moments", "basis": "bases"}[what]
-        update.add_argument(f"--{what}-bits", type=int, choices=BITS, help=f"of the {name} (default: 32)")
     update.add_argument("--rounding", choices=ROUNDINGS, help="of bfloat16 weights (default: stochastic)")
     update.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 for none (default: 1)")
-    update.add_argument(
-        "--layerwise",
-        choices=LAYERWISE,
-        help="keep no whole gradient: project each one as backward makes it (hooks), or let the backward of linear "
-        "layers make the projected one (linear); a new projection is of the first micro-batch then (default: off)",
-    )
     update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")
 

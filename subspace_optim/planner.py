@@ -17,23 +17,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
-from itertools import chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .allocation import RANKS, Choice, choose, spectra_of
+from . import philox, storage
+from .allocation import BITS, RANKS, Choice, choose, spectra_of
 from .engine import REFRESH_ELEMENTS, SubspaceOptimizer
 from .groups import param_groups
 from .hyperparameters import nearest
 from .kernels import select
+from .layerwise import project_in_backward
 from .optimizers import create, projects, resolve
 from .projectors import UNSET
 from .sizes import SIZES, Size, llama_options
@@ -45,7 +46,7 @@ CUDA_BLOCK = 512  # bytes that torch's CUDA allocator rounds every tensor up to
 CUDA_WORKSPACE = 96 << 20  # cuBLAS keeps up to 32 MiB (Hopper), and the fused kernels take up to 64 at a time
 CUDA_CONTEXT = 512 << 20  # what a process takes on a GPU before its first tensor: kernels of torch and cuBLAS
 CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 5, and before it
-BITS: dict[str, tuple[int, ...]] = {}
+LAYERWISE = ("off", "hooks", "linear")
 LEAST_RANK = 8  # that a plan is shrunk to
 FRAGMENTATION = 0.05  # of what comes and goes; what stays is laid out once
 _UNITS = {"": 1, "b": 1} | {f"{p}{u}": b**i for i, p in enumerate("kmgt", 1) for u, b in (("b", 1000), ("ib", 1024))}
@@ -83,7 +84,7 @@ class _Storage:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the birth and the death of every storage that an op returns.
+    """Notes the birth and the death of every storage that an op returns; a number that is asked for is 1.
 
     Args:
         block: bytes that a storage is rounded up to.
@@ -101,6 +102,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -161,24 +164,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return phases, {key: value for key, value in held.items() if value}, self.events[at][2]
 
 
-class _Answers(TorchFunctionMode):
-    """What a fake tensor says when it is asked for a number: 1, and as an int of a stacked state "not yet set"."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "data_ptr":  # which views share, and nothing else does
-            return args[0].untyped_storage()._cdata
-        if name == "tolist":
-            value: Any = 1.0 if args[0].is_floating_point() else UNSET
-            for length in reversed(args[0].shape):
-                value = [value] * length
-            return value
-        return _SCALARS[name] if name in _SCALARS else func(*args, **(kwargs or {}))
+def _as_list(tensor: Tensor) -> Any:
+    """Of a fake tensor: ones, and for the ints of a stacked state "not yet set"."""
+    value: Any = 1.0 if tensor.is_floating_point() else UNSET
+    for length in reversed(tensor.shape):
+        value = [value] * length
+    return value
 
 
-_SCALARS = {"item": 1.0, "__float__": 1.0, "__int__": 1, "__index__": 1, "__bool__": True}
+def _address(tensor: Tensor) -> int:
+    """Of a fake tensor: what its views share, and nothing else does."""
+    return tensor.untyped_storage()._cdata
 
 
 def _layer(parameter: str) -> str:
@@ -203,6 +199,7 @@ class _Job:
     accumulation: int
     dtype: torch.dtype | None
     checkpointing: bool
+    layerwise: str
     device: str
     loss: Loss
 
@@ -301,9 +298,50 @@ def _set_ages(optimizer: SubspaceOptimizer) -> None:
     coldest = max(aged, key=torch.numel, default=None)
     part: Counter[Any] = Counter()
     for param, state in aged.items():
-        shape = param.shape, state["exp_avg"].shape
-        state["age"] = UNSET if param is coldest else 10**9 if part[shape] < REFRESH_ELEMENTS else 0
-        part[shape] += param.numel()
+        state["age"] = UNSET if param is coldest else 10**9 if part[param.shape] < REFRESH_ELEMENTS else 0
+        part[param.shape] += param.numel()
+
+
+def _set_aside(optimizer: SubspaceOptimizer) -> list[Any]:
+    """The gradients of what is decoded after the first part of its bucket: each part takes what the first one took."""
+    aside: list[Any] = []
+    seen: Counter[Any] = Counter()
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            plan = optimizer.plan_of(index, param)
+            if not storage.is_plain(plan) and seen[index, plan] * storage.open_bytes(plan) >= storage.OPEN_BYTES:
+                aside += [param.grad, optimizer.lows.pop(param, None)]
+                param.grad = None
+            seen[index, plan] += plan.stack or 1
+    return aside
+
+
+def _seen_before(recorder: _Recorder, rounds: Callable[..., Any]) -> Callable[..., Any]:
+    """Philox's ten rounds are 160 ops: a call of a size that has been met takes at once what the first one took."""
+    met: dict[Any, tuple[int, Any]] = {}
+
+    def take(seed: Any, *words: Any) -> Any:
+        if not isinstance(words[0], Tensor):
+            return rounds(seed, *words)
+        key = words[0].shape, getattr(seed, "shape", ())
+        if key not in met:
+            begin = len(recorder.events)
+            out = rounds(seed, *words)
+            sizes = (sign * recorder.storages[number].nbytes for number, sign, _ in recorder.events[begin:])
+            kept = 4 * out[0].nbytes
+            met[key] = max(accumulate(sizes), default=0) - kept, out[0].shape
+            return out
+        workspace, shape = met[key]
+        out = tuple(torch.empty(shape, dtype=torch.int64) for _ in range(4))
+        torch.empty(max(0, workspace), dtype=torch.uint8)
+        return out
+
+    return take
+
+
+def _first_chunk(chunks: Callable[[Any, Tensor], Iterable[slice]]) -> Callable[[Any, Tensor], Iterable[slice]]:
+    """Tensors are coded chunk by chunk, of which each takes what the first took."""
+    return lambda codec, x: islice(chunks(codec, x), 1)
 
 
 @dataclass(frozen=True)
@@ -315,13 +353,20 @@ class _Result:
     held: dict[tuple[str, str], int]  # at the peak, by (category, layer)
     phases: dict[str, int]  # peak of each
     phase: str  # of the peak
+    projectable: bool  # whether gradients may be projected within backward
 
 
 def _simulate(job: _Job, step: bool = True) -> _Result:
     """Run a step, or only allocate what is there before it."""
     recorder = _Recorder(CUDA_BLOCK if job.device == "cuda" else 1)
     with ExitStack() as stack:
-        for context in (FakeTensorMode(allow_non_fake_inputs=True), _Answers(), _kernels(job.device)):
+        for context in (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            mock.patch.multiple(FakeTensor, create=True, tolist=_as_list, data_ptr=_address),
+            _kernels(job.device),
+            mock.patch.object(storage.Codec, "_chunks", _first_chunk(storage.Codec._chunks)),
+            mock.patch.object(philox, "_rounds", _seen_before(recorder, philox._rounds)),
+        ):
             stack.enter_context(context)
         model = _twin(job.model, job.dtype)
         if job.checkpointing:
@@ -332,24 +377,29 @@ def _simulate(job: _Job, step: bool = True) -> _Result:
                 recorder.mark(tensor, "weights", _layer(name))
             optimizer = job.make(model)
             optimizer.allocate_state()
+            _set_ages(optimizer)
             _mark_state(recorder, model, optimizer)
-            if step:
-                _set_ages(optimizer)
-                for _ in range(min(job.accumulation, 2)):  # the second meets the gradients of the first
-                    recorder.phase = "forward"
-                    loss = job.loss(model, job.batch, job.seq)
-                    recorder.phase = "backward"
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    del loss
-                    recorder.keep("gradients")
-                    for name, param in model.named_parameters():
-                        if param.grad is not None:
-                            recorder.mark(param.grad, "gradients", _layer(name))
-                recorder.phase = "step"
-                optimizer.step()
+            if job.layerwise != "off":
+                project_in_backward(model, optimizer, linear=job.layerwise == "linear", early=True)
+            for _ in range(min(job.accumulation, 2) if step else 0):  # the second meets the gradients of the first
+                recorder.phase = "forward"
+                loss = job.loss(model, job.batch, job.seq)
+                recorder.phase = "backward"
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                recorder.keep("gradients")
+                for name, param in model.named_parameters():
+                    for grad in (param.grad, *optimizer.lows.get(param, ())):
+                        if grad is not None:
+                            recorder.mark(grad, "gradients", _layer(name))
+            recorder.phase = "step"
+            aside = _set_aside(optimizer)
+            optimizer.step()
+            del aside
         ranks = [group["rank"] for group in optimizer.param_groups if group["rank"] is not None]
         phases, held, phase = recorder.peaks()
-        return _Result(sum(p.numel() for p in model.parameters()), max(ranks, default=None), held, phases, phase)
+        parameters = sum(p.numel() for p in model.parameters())
+        return _Result(parameters, max(ranks, default=None), held, phases, phase, not optimizer.whole_gradient)
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
@@ -367,6 +417,7 @@ class MemoryPlan:
         layers: the same by layer, margin left out; what no layer owns stands under the phase that made it.
         phases: the peak of each phase, without margin: start, forward, backward, step.
         phase: the one that holds the peak.
+        projectable: whether `project_in_backward` serves the optimizer.
         capacity: bytes it is to fit into; None where none was given.
         fitting: where it does not fit, the plan after the cheapest changes that make it fit; None if none do.
         least: where nothing makes it fit, the bytes of the smallest plan that was found.
@@ -379,6 +430,7 @@ class MemoryPlan:
     layers: Mapping[str, Mapping[str, int]]
     phases: Mapping[str, int]
     phase: str
+    projectable: bool
     capacity: int | None = None
     fitting: MemoryPlan | None = None
     least: int | None = None
@@ -413,7 +465,7 @@ class MemoryPlan:
             ValueError: the plan has no choices, or they are of another model.
         """
         groups = _groups(model, self.settings)
-        names = {name for group in groups if group["rank"] is not None for name, _ in group["params"]}
+        names = {name for group in groups for name, param in group["params"] if param.ndim >= 2}
         if not self.choices or names != set(self.choices):
             raise ValueError(
                 "this plan was made without budget=, so no rank was chosen"
@@ -491,6 +543,7 @@ def plan(
     accumulation: int = 1,
     dtype: torch.dtype | str | None = None,
     checkpointing: bool = False,
+    layerwise: str = "off",
     gpu: int | float | str | None = None,
     device: str | None = None,
     keep: Iterable[str] = (),
@@ -516,6 +569,7 @@ def plan(
         accumulation: micro-batches in an update.
         dtype: of weights and gradients, such as "bfloat16"; by default the model's.
         checkpointing: recompute the activations of every layer of a transformers model.
+        layerwise: project gradients within backward: off, hooks or linear, by `project_in_backward(early=True)`.
         gpu: what it is to fit into, such as "24GB" (24·10⁹ bytes).
         device: where it will run, "cuda" or "cpu"; by default cuda if gpu is given.
         keep: settings that may not be changed to make it fit.
@@ -539,6 +593,8 @@ def plan(
     device = ("cpu" if gpu is None else "cuda") if device is None else device
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} must be cpu or cuda")
+    if layerwise not in LAYERWISE:
+        raise ValueError(f"layerwise={layerwise!r} must be one of {', '.join(LAYERWISE)}")
     capacity = None if gpu is None else bytes_of(gpu, "gpu")
     if isinstance(model, str):
         size = _size(model)
@@ -547,7 +603,7 @@ def plan(
             options.setdefault("rank", size.rank)
     job = _Job(
         *(_module(model), optimizer, {"lr": 1e-3, **options}, batch, seq or 1024, accumulation, _dtype(dtype)),
-        *(checkpointing, device, loss or causal_loss),
+        *(checkpointing, layerwise, device, loss or causal_loss),
     )
     if budget is not None:
         given = [key for key in ("rank", *BITS) if key in options]
@@ -633,12 +689,13 @@ def _plan(job: _Job, name: str, capacity: int | None) -> MemoryPlan:
         "seq": job.seq,
         "device": job.device,
         "checkpointing": job.checkpointing,
+        "layerwise": job.layerwise,
         "batch": job.batch,
         "accumulation": job.accumulation,
         "rank": result.rank,
     }
     return MemoryPlan(
-        *(settings, result.parameters, held, dict(layers), result.phases, result.phase, capacity),
+        *(settings, result.parameters, held, dict(layers), result.phases, result.phase, result.projectable, capacity),
         choices=job.choices or {},
     )
 
@@ -648,7 +705,7 @@ def _plan(job: _Job, name: str, capacity: int | None) -> MemoryPlan:
 
 def _changed(job: _Job, start: _Job, changes: Mapping[str, Any]) -> _Job:
     """The job with these settings; a smaller micro-batch is made up for by more of them."""
-    fields = {key: value for key, value in changes.items() if key in ("checkpointing", "dtype", "batch")}
+    fields = {key: value for key, value in changes.items() if key in ("checkpointing", "layerwise", "dtype", "batch")}
     options = {key: value for key, value in changes.items() if key not in fields}
     if "batch" in fields:
         fields["accumulation"] = -(-start.batch * start.accumulation // fields["batch"])
@@ -662,6 +719,8 @@ def _ladder(job: _Job, plan: MemoryPlan, keep: frozenset[str]) -> Iterator[tuple
         rungs.append(("checkpointing", True))
     if job.batch > 1:
         rungs.append(("batch", 1))
+    if job.layerwise == "off" and plan.projectable:
+        rungs.append(("layerwise", "hooks"))
     rungs += [(key, bits) for key, values in BITS.items() for bits in values if bits < job.options.get(key, 32)]
     if plan.settings["dtype"] == "float32":
         rungs.append(("dtype", torch.bfloat16))
@@ -682,12 +741,14 @@ def _fitted(start: _Job, found: MemoryPlan, name: str, keep: frozenset[str]) -> 
     def attempt(changes: Mapping[str, Any]) -> MemoryPlan | None:
         nonlocal least
         job = _changed(start, start, changes)
-        key = job.dtype, *sorted(job.options.items(), key=str)
+        key = job.dtype, job.layerwise, *sorted(job.options.items(), key=str)
         if key not in before:
             held = Counter[str]()
             for (category, _), count in _simulate(job, step=False).held.items():
                 held[category] += count
-            before[key] = sum(held.values()) + held["weights"]  # a gradient for each weight
+            # A gradient for each weight, unless they are projected at once.
+            before[key] = sum(held.values()) + held["weights"] * (job.layerwise == "off")
+            before[key] += (CUDA_CONTEXT + CUDA_WORKSPACE) * (job.device == "cuda")
         if before[key] > capacity:
             least = min(least, before[key])
             return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
-from subspace_optim.pretrain.config import RunConfig, UserError, resolve
+from subspace_optim.pretrain.config import RunConfig, UserError, flag, resolve
 from subspace_optim.pretrain.display import count, size, write
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.model import DTYPES, build_model, summed_loss
@@ -22,8 +22,12 @@ SETTINGS = {
     "checkpointing": "gradient_checkpointing",
     "batch": "batch_size",
     "accumulation": "accumulate",
+    "layerwise": "layerwise",
     "rank": "rank",
+    "state_bits": "state_bits",
+    "basis_bits": "basis_bits",
 }
+CHOSEN = ("rank", "state_bits", "basis_bits")  # by --budget
 
 
 def plan_run(
@@ -46,7 +50,7 @@ def plan_run(
 
     options = config.optimizer_options
     if more.get("budget") is not None:
-        del options["rank"]
+        options = {key: value for key, value in options.items() if key not in CHOSEN}
     # Flash attention keeps for the backward pass what sdpa does, and has no kernel for tensors without memory.
     attention = "sdpa" if config.attention == "flash_attention_2" else config.attention
     bare = replace(config, gradient_checkpointing=False, attention=attention)
@@ -61,6 +65,7 @@ def plan_run(
             accumulation=config.accumulate,
             dtype=DTYPES[config.dtype],
             checkpointing=config.gradient_checkpointing,
+            layerwise=config.layerwise,
             gpu=capacity,
             device=torch.device(config.device).type,
             loss=loss,
@@ -113,8 +118,9 @@ def plan(given: Mapping[str, Any]) -> int:
     path = options.pop("json", None)
     capacity, budget = options.pop("gpu", None), options.pop("budget", None)
     options.setdefault("device", "cpu" if capacity is None else "cuda")
-    if budget is not None and "rank" in given:
-        raise UserError(f"--rank {given['rank']}: --budget {budget} chooses the rank of every matrix; give one")
+    for key in CHOSEN if budget is not None else ():
+        if key in given:
+            raise UserError(f"{flag(key)} {given[key]}: --budget {budget} chooses it for every matrix; give one")
     config = resolve(options)
     found = plan_run(config, capacity=capacity, budget=budget)
     write(
