@@ -10,12 +10,28 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from cases import PROJECTED, SETTINGS
+from tiny_llama import llama
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from training import ALL_METHODS, noise
+from training import FIVE as BY_NAME
+
+import subspace_optim as so
 
 GAP, RANK, STEPS, MOST = 3, 2, 8, 4
+LIMIT = 400  # seconds; ranks of a larger world wait for the smaller ones
 SHAPES = {
     "tall": (12, 7),
     "wide": (4, 9),  # of three ranks the last has none of the rows
@@ -112,18 +128,304 @@ def equivalences(world, meshes):
     return ends
 
 
-STAGES = {"2": (2, equivalences), "3": (3, equivalences), "4": (4, equivalences)}
+# ---- models under torch's own wrappers -------------------------------------------------------------------------------
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+
+
+def batch(step, part=None, parts=1):
+    x, y = noise(2 * step, (12, 8)), noise(2 * step + 1, (12, 4))
+    return (x, y) if part is None else (x.chunk(parts)[part], y.chunk(parts)[part])
+
+
+def fit(model, opt, steps, part=None, parts=1):
+    for step in steps:
+        x, y = batch(step, part, parts)
+        (model(x) - y).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return whole(dict(model.named_parameters()))
+
+
+def optimizer(name, model, **settings):
+    return BY_NAME[name](model.named_parameters(), lr=0.02, rank=2, update_proj_gap=2, **settings)
+
+
+def fully_sharded(model, mesh=None):
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+def wrapped(world):
+    """Where the weights of a model end under FSDP2, tensor parallelism and both, for each of the five."""
+    rank, ends = dist.get_rank(), {}
+    for name in BY_NAME:
+        if world == 4:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+            model = fully_sharded(parallelize_module(mlp(), mesh["tensor"], PLAN), mesh["data"])
+            kinds = {str(p) for param in model.parameters() for p in param.placements}
+            ends["both", name] = fit(model, optimizer(name, model), range(4), mesh.get_local_rank("data"), 2)
+            ends["kinds"] = kinds
+            continue
+        model = fully_sharded(mlp())
+        ends["fsdp", name] = fit(model, optimizer(name, model), range(4), rank, world)
+        if world == 2:
+            model = parallelize_module(mlp(), init_device_mesh("cpu", (2,)), PLAN)
+            ends["tensor", name] = fit(model, optimizer(name, model), range(4))
+    return ends
+
+
+def language_model(world):
+    """A transformers LLaMA under FSDP2: the layers, then the rest; clipped by the joint norm."""
+    model = llama().double()
+    tokens = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(1))
+    if world:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        tokens = tokens.chunk(world)[dist.get_rank()]
+    opt, norms = so.create(model, "galore", rank=4, lr=0.01, update_proj_gap=2), []
+    for _ in range(3):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        norms.append(float(opt.clip_grad_norm_(0.5)))
+        opt.step()
+        opt.zero_grad()
+    return {"weights": whole(dict(model.named_parameters())), "norms": norms}
+
+
+# ---- checkpoints that move -------------------------------------------------------------------------------------------
+
+SAVED = 4
+LATE = ("vector",)  # has no gradient before the checkpoint
+MOVED = [(name, flat) for name in FIVE for flat in (False, True)]
+CHAIN = {"2": "1", "3": "2", "4": "3", "2b": "3"}  # which stage goes on from whose checkpoint
+
+
+def moved(folder, stage, source, mesh=None, layout=(), flats=(False, True)):
+    """Load, save again for other worlds, and train to the end."""
+    ends = {}
+    for name, flat in MOVED:
+        if flat not in flats:
+            continue
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        params = net(mesh, layout)
+        opt = build(name, params)
+        if source is None:
+            train(params, opt, range(SAVED), LATE)
+        else:
+            with torch.no_grad():
+                for param in params.values():
+                    param.zero_()
+            state = {
+                "model": get_model_state_dict(params),
+                "optimizer": get_optimizer_state_dict(params, opt, options=options),
+            }
+            dcp.load(state, checkpoint_id=f"{folder}/{source}-{name}-{flat}")
+            set_model_state_dict(params, state["model"])
+            set_optimizer_state_dict(params, opt, state["optimizer"], options=options)
+        state = {
+            "model": get_model_state_dict(params),
+            "optimizer": get_optimizer_state_dict(params, opt, options=options),
+        }
+        dcp.save(state, checkpoint_id=f"{folder}/{stage}-{name}-{flat}")
+        train(params, opt, range(SAVED, STEPS))
+        ends[name, flat] = whole(params)
+    return ends
+
+
+def exchanged(mesh, layout):
+    """Plain state dicts: a whole one into shards, and a sharded one into whole parameters."""
+    ends = {}
+    for name in FIVE:
+        plain, shards = net(), net(mesh, layout)
+        opt, sharded_opt = build(name, plain), build(name, shards)
+        train(plain, opt, range(SAVED))
+        with torch.no_grad():
+            for key, param in shards.items():
+                param.copy_(distribute_tensor(plain[key].detach(), mesh, param.placements, src_data_rank=None))
+        sharded_opt.load_state_dict(opt.state_dict())
+        train(shards, sharded_opt, range(SAVED, STEPS - 2))
+        other = nn.ParameterDict({key: nn.Parameter(value) for key, value in whole(shards).items()})
+        whole_opt = build(name, other)
+        whole_opt.load_state_dict(sharded_opt.state_dict())
+        train(other, whole_opt, range(STEPS - 2, STEPS))
+        ends[name] = whole(other)
+    return ends
+
+
+# ---- what is sent, what is kept, what is refused ---------------------------------------------------------------------
+
+TRAFFIC = [("rows", "right"), ("rows", "left"), ("columns", "right"), ("columns", "left"), ("rows", "local")]
+
+
+def traffic(meshes):
+    """Collectives of one ordinary step of three matrices of one shape."""
+    counts = {}
+    for name in ("galore", "grams_projected", "galore_lion"):
+        for layout, side in TRAFFIC:
+            mesh, dim = meshes[layout], 0 if layout == "rows" else 1
+            params = nn.ParameterDict(
+                {
+                    str(i): nn.Parameter(distribute_tensor(noise(i, (6, 8)), mesh, [Shard(dim)], src_data_rank=None))
+                    for i in range(3)
+                }
+            )
+            opt = METHODS[name].optimizer(params.values(), lr=0.1, rank=2, proj_type=side, update_proj_gap=100)
+            for _ in range(2):
+                with CommDebugMode() as seen:
+                    for i, param in enumerate(params.values()):
+                        param.grad = distribute_tensor(noise(9 + i, (6, 8)), mesh, [Shard(dim)], src_data_rank=None)
+                    opt.step()
+            counts[name, layout, side] = {str(op): n for op, n in seen.get_comm_counts().items()}
+    return counts
+
+
+def half_precision(mesh, layout):
+    """bfloat16: weights and state on every rank, to see that copies agree."""
+    ends = {}
+    for name in FIVE:
+        params = net(mesh, layout, torch.bfloat16)
+        opt = build(name, params)
+        train(params, opt, range(STEPS))
+        held = {
+            key: [param, *(v for v in opt.state[param].values() if isinstance(v, DTensor))]
+            for key, param in params.items()
+        }
+        ends[name] = {key: [(t.placements, t.to_local().clone()) for t in tensors] for key, tensors in held.items()}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ends)
+    return everyone
+
+
+def quantised(mesh=None, layout=()):
+    ends = {}
+    for name in FIVE:
+        params = net(mesh, layout, torch.float32)
+        opt = build(name, params, state_bits=8, basis_bits=8)
+        train(params, opt, range(STEPS))
+        ends[name] = whole(params)
+    return ends
+
+
+def layouts_of_state(mesh):
+    """Of the state of a (12, 7) weight, by side and cut: placements, whole shapes, bytes held here."""
+    found = {}
+    for side in ("left", "right", "full"):
+        for dim in (0, 1):
+            param = nn.Parameter(distribute_tensor(noise(0, (12, 7)), mesh, [Shard(dim)], src_data_rank=None))
+            opt = so.GaLore([param], rank=2, proj_type=side)
+            param.grad = distribute_tensor(noise(1, (12, 7)), mesh, [Shard(dim)], src_data_rank=None)
+            opt.step()
+            found[side, dim] = (
+                {
+                    key: (tuple(map(str, value.placements)), tuple(value.shape))
+                    for key, value in opt.state[param].items()
+                    if isinstance(value, DTensor)
+                },
+                opt.state_bytes(),
+            )
+    return found
+
+
+def refusals(meshes):
+    """The message of every mistake, by what it was."""
+    said = {}
+
+    def attempt(what, action):
+        try:
+            action()
+        except Exception as error:
+            said[what] = f"{type(error).__name__}: {error}"
+
+    flat = FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))
+    opt = so.GaLore(flat.parameters(), rank=2)
+    flat(batch(0)[0]).sum().backward()
+    attempt("flat", opt.step)
+
+    mesh = meshes["rows"]
+    conv = nn.Parameter(distribute_tensor(noise(0, (6, 3, 2, 2)), mesh, [Shard(1)], src_data_rank=None))
+    conv.grad = torch.zeros_like(conv)
+    attempt("cut", so.GaLore([("conv", conv)], rank=2).step)
+    table = nn.Parameter(distribute_tensor(noise(0, (6, 8)), mesh, [Shard(1)], src_data_rank=None))
+    table.grad = torch.zeros_like(table)
+    attempt("blocks", so.GaLore([("table", table)], rank=None, state_bits=8).step)
+    return said
+
+
+# Seeds and staggering go by the place of a tensor in its optimizer, which is another one here.
+ZERO = {"lr": 0.02, "rank": 2, "update_proj_gap": 2, "svd": "exact", "stagger": False}
+
+
+def zero_redundancy():
+    """The recipe of the flat refusal: whole parameters, each stepped on one rank."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns, which pytest makes an error
+
+    model = mlp()
+    opt = ZeroRedundancyOptimizer(model.parameters(), so.GaLore, **ZERO)
+    return fit(model, opt, range(4)), len(opt.optim.param_groups[0]["params"])
+
+
+def second_world(folder, meshes):
+    rows, layout = meshes["rows"], (0,)
+    return {
+        "equal": equivalences(2, meshes),
+        "wrapped": wrapped(2),
+        "llama": language_model(2),
+        "moved": moved(folder, "2", CHAIN["2"], rows, layout),
+        "exchanged": exchanged(rows, layout),
+        "traffic": traffic(meshes),
+        "quantised": quantised(rows, layout),
+        "state": layouts_of_state(rows),
+        "refusals": refusals(meshes),
+        "zero": zero_redundancy(),
+    }
+
+
+def third_world(folder, meshes):
+    return {
+        "equal": equivalences(3, meshes),
+        "wrapped": wrapped(3),
+        "moved": moved(folder, "3", CHAIN["3"], meshes["columns"], (1,)),
+    }
+
+
+def fourth_world(folder, meshes):
+    return {
+        "equal": equivalences(4, meshes),
+        "wrapped": wrapped(4),
+        "half": half_precision(meshes["hybrid"], (None, 0)),
+        "moved": moved(folder, "4", CHAIN["4"], meshes["both"], (0, 1)),
+    }
+
+
+def second_again(folder, meshes):
+    return {"moved": moved(folder, "2b", CHAIN["2b"], meshes["rows"], (0,))}
+
+
+STAGES = {"2": (2, second_world), "3": (3, third_world), "4": (4, fourth_world), "2b": (2, second_again)}
 
 
 def main(folder):
     rank = int(os.environ["RANK"])
+    if rank == 0:
+        moved(folder, "1", None)
     for stage, (world, run) in STAGES.items():
         if rank >= world:
             continue
         store = f"file://{folder}/store-{stage}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=100))
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT)
+        )
         meshes = {name: init_device_mesh("cpu", shape) for name, (shape, _) in MESHES[world].items()}
-        results = run(world, meshes)
+        results = run(folder, meshes)
         if rank == 0:
             torch.save(results, folder / f"{stage}.pt")
         dist.barrier()
