@@ -1,0 +1,90 @@
+"""The planned peak of a training step beside the measured one; exits with 1 where they part by more than 5 %.
+
+    python -m bench.plan [--device cpu] [--sizes 60m 130m] [--batch 1] [--seq 64]
+    python -m bench.plan --device cuda --sizes 7b --fit 24GB     under a hard cap of the allocator, 20 steps
+
+On a CPU the peak is that of torch's allocator events, on a GPU `max_memory_allocated`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import subspace_optim as so
+from subspace_optim.planner import bytes_of, causal_loss, enable_checkpointing
+from subspace_optim.pretrain.machine import peak_bytes, storage_bytes
+from subspace_optim.sizes import SIZES, llama_options
+
+BOUND = 0.05
+CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
+
+
+def measured(size, settings, steps):
+    """Bytes of tensors at the peak of `steps` steps as the settings of a plan have them."""
+    device = torch.device(settings["device"])
+    torch.set_default_dtype(getattr(torch, settings["dtype"]))
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**llama_options(SIZES[size]))).train()
+    if settings["checkpointing"]:
+        enable_checkpointing(model)
+    names = ("rank", "state_bits", "basis_bits")
+    optimizer = so.create(model, settings["optimizer"], **{key: settings[key] for key in names if key in settings})
+    if settings["layerwise"] != "off":
+        so.project_in_backward(model, optimizer, linear=settings["layerwise"] == "linear", early=True)
+    optimizer.allocate_state()
+
+    def work():
+        with device:
+            for _ in range(steps):
+                for _ in range(settings["accumulation"]):
+                    causal_loss(model, settings["batch"], settings["seq"]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    if device.type == "cpu":
+        return storage_bytes((*model.parameters(), *model.buffers())) + optimizer.state_bytes() + peak_bytes(work)
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "130m"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--fit", help="take what the planner chooses for this size, and cap the allocator there")
+    parser.add_argument("--out", type=Path, help="write JSON there")
+    options = parser.parse_args()
+
+    rows = {}
+    for size in options.sizes:
+        asked = {"batch": options.batch, "seq": options.seq, "accumulation": options.accumulation}
+        plan = so.plan(size, gpu=options.fit, device=options.device, **asked)
+        if not plan.fits:
+            if plan.fitting is None:
+                sys.exit(plan.verdict())
+            plan = plan.fitting
+        if options.fit and options.device == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((bytes_of(options.fit) - CONTEXT) / total)
+        found = measured(size, plan.settings, options.steps)
+        error = plan.allocated / found - 1
+        rows[size] = {"plan": plan.to_dict(), "measured": found, "error": error}
+        print(
+            f"{size}: planned {plan.allocated / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB, {100 * error:+.1f} %"
+        )
+    if options.out is not None:
+        options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    return int(any(abs(row["error"]) > BOUND for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
