@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import philox, storage
 from .engine import SubspaceOptimizer
-from .types import Plan, make_plan
+from .types import BLOCK, Plan, make_plan
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 ROLES = {"q_proj": 0.5, "k_proj": 0.5}  # low-rank changes of q and k matter least (UniPano)
@@ -181,9 +181,9 @@ def coding_error(kind: storage.Kind, bits: int) -> float:
     """Share of the energy of normally distributed numbers (unsigned: of their squares) that a code of `bits` loses."""
     if bits == 32:
         return 0.0
-    x = philox.normal(0, (64, storage.BLOCK), torch.device("cpu")).float()
+    x = philox.normal(0, (64, BLOCK), torch.device("cpu")).float()
     x = x.square() if kind == "unsigned" else x
-    codec = storage.Codec(kind, bits, -1, storage.BLOCK)
+    codec = storage.Codec(kind, bits, -1, BLOCK)
     codes, scales = codec.shapes(x.shape)
     kept = torch.zeros(codes, dtype=torch.uint8), torch.zeros(scales)
     codec.encode_(x, *kept)

@@ -321,7 +321,8 @@ class SubspaceOptimizer(Optimizer):
     def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
         """The bases in force of the matrices of a projected tensor."""
         assert self.projector is not None
-        states = [storage.with_bases(plan, member) for member in _member_states(plan, self.state[param])]
+        kernel = select.resolve(self.backend, plan)
+        states = [storage.with_bases(plan, member, kernel) for member in _member_states(plan, self.state[param])]
         return self.projector.bases(plan, states)
 
     @torch.no_grad()
@@ -337,8 +338,8 @@ class SubspaceOptimizer(Optimizer):
         group, plan, state = self.param_groups[index], self.plan_of(index, param), self.state[param]
         position = next(position for position, _, _, own in self._positions() if own is param)
         assert param.grad is not None
-        grads = plan.matrices(param.grad)
-        if not (select.resolve(self.backend, plan).grad_max(grads) <= GRAD_LIMIT).all():
+        grads, kernel = plan.matrices(param.grad), select.resolve(self.backend, plan)
+        if not (kernel.grad_max(grads) <= GRAD_LIMIT).all():
             return
         if not state:
             state.update(self._init_state(plan, group, position))
@@ -347,9 +348,9 @@ class SubspaceOptimizer(Optimizer):
         bucket.orders = [position + j for j in range(len(bucket))]
         bucket.streams = [self._stream(plan, position, j) for j in range(len(bucket))]
         for part in storage.parts(bucket):
-            opened = storage.opened(part)
-            self._refresh(group, opened, _hyper(group, plan))
-            storage.close_(part, opened)
+            opened = storage.opened(part, kernel)
+            self._refresh(group, opened, _hyper(group, plan), kernel)
+            storage.close_(part, opened, kernel)
         entry.store()
 
     @torch.no_grad()
@@ -543,9 +544,9 @@ class SubspaceOptimizer(Optimizer):
         hyper = _hyper(work.group, plan)
         workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
         for part in storage.parts(work.bucket, workspace):
-            bucket = storage.opened(part)
+            bucket = storage.opened(part, work.kernel)
             self._step_opened(work.group, bucket, hyper, work.kernel)
-            storage.close_(part, bucket)
+            storage.close_(part, bucket, work.kernel)
         for entry in work.entries:
             entry.store()
 
@@ -556,7 +557,7 @@ class SubspaceOptimizer(Optimizer):
                 self.dense_rule.step_(bucket, hyper, kernel)
             return
         assert self.projector is not None
-        self._refresh(group, bucket, hyper)
+        self._refresh(group, bucket, hyper, kernel)
         lows, seen = [], bucket
         if self.projector.learns and not self.rule.whole_gradient:
             lows = kernel.project(bucket.grads, flat(bucket.bases), plan.side, plan.state_dtype)
@@ -566,11 +567,11 @@ class SubspaceOptimizer(Optimizer):
         changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
         if changes is not None:
             self.rule.carry_(plan, bucket.states, changes, hyper)
-            storage.keep_bases_(bucket)
+            storage.keep_bases_(bucket, kernel)
         for state in bucket.states:
             state["age"] += state["age"] != UNSET
 
-    def _refresh(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper) -> None:
+    def _refresh(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """Set the bases of the bucket, new ones for the members that are due.
 
         A refresh that meets a zero gradient, or a factorisation that fails, waits for the next step: the member
@@ -599,7 +600,7 @@ class SubspaceOptimizer(Optimizer):
                     changes = projector.refresh_(plan, part.states, list(targets.values()), part.streams)
             except LinAlgError:
                 continue
-            storage.settle_bases_(part)
+            storage.settle_bases_(part, kernel)
             self.rule.carry_(plan, part.states, changes, hyper)
             for i, bases in zip(targets, projector.bases(plan, part.states), strict=True):
                 state = bucket.states[i]

@@ -108,4 +108,23 @@ _define(
     lambda grads: grads[0].new_empty(len(grads), dtype=torch.float64),
 )
 
+_define(
+    "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step) -> ()",
+    reference.encode_,
+    lambda *_: None,
+)
+
+
+def _fake_decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    shape = list(codes.shape)
+    shape[axis] = length
+    return codes.new_empty(shape, dtype=dtype)
+
+
+_define(
+    "decode(Tensor codes, Tensor scales, Tensor table, int axis, int length, ScalarType dtype) -> Tensor",
+    reference.decode,
+    _fake_decode,
+)
+
 _ext.load()

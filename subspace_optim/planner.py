@@ -33,7 +33,7 @@ from .allocation import BITS, RANKS, Choice, choose, spectra_of
 from .engine import REFRESH_ELEMENTS, SubspaceOptimizer
 from .groups import param_groups
 from .hyperparameters import nearest
-from .kernels import select
+from .kernels import reference, select
 from .layerwise import project_in_backward
 from .optimizers import create, projects, resolve
 from .projectors import UNSET
@@ -339,9 +339,9 @@ def _seen_before(recorder: _Recorder, rounds: Callable[..., Any]) -> Callable[..
     return take
 
 
-def _first_chunk(chunks: Callable[[Any, Tensor], Iterable[slice]]) -> Callable[[Any, Tensor], Iterable[slice]]:
+def _first_chunk(chunks: Callable[[Tensor, int], Iterable[slice]]) -> Callable[[Tensor, int], Iterable[slice]]:
     """Tensors are coded chunk by chunk, of which each takes what the first took."""
-    return lambda codec, x: islice(chunks(codec, x), 1)
+    return lambda x, axis: islice(chunks(x, axis), 1)
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ def _simulate(job: _Job, step: bool = True) -> _Result:
             FakeTensorMode(allow_non_fake_inputs=True),
             mock.patch.multiple(FakeTensor, create=True, tolist=_as_list, data_ptr=_address),
             _kernels(job.device),
-            mock.patch.object(storage.Codec, "_chunks", _first_chunk(storage.Codec._chunks)),
+            mock.patch.object(reference, "_chunks", _first_chunk(reference._chunks)),
             mock.patch.object(philox, "_rounds", _seen_before(recorder, philox._rounds)),
         ):
             stack.enter_context(context)

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .types import BITS, Bucket, Plan, State
+from .kernels import reference
+from .types import BITS, BLOCK, Bucket, Plan, State
 
 Kind = Literal["signed", "unsigned", "linear"]
 
-BLOCK = 256  # elements that share a scale
 OPEN_BYTES = 2**26  # decoded at a time, unless a single matrix takes more
 WORK_BYTES = 2**20  # the same on a CPU where nothing is decoded: a call costs little there
-_CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
 
 
 @lru_cache(maxsize=16)
@@ -48,16 +47,15 @@ def values(kind: Kind, bits: int) -> tuple[float, ...]:
     return (10.0 ** -len(decades), *grid) if kind == "unsigned" else (*(-v for v in reversed(grid)), 0.0, *grid)
 
 
-def _tables(kind: Kind, bits: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The values, and the steps between them; a planner's fake tensors are not cached, for they end with their mode."""
-    make = _cached_tables if type(like) is Tensor else _cached_tables.__wrapped__
+def _table(kind: Kind, bits: int, like: Tensor) -> Tensor:
+    """The values where the codes are; a planner's fake tensors are not cached, for they end with their mode."""
+    make = _cached_table if type(like) is Tensor else _cached_table.__wrapped__
     return make(kind, bits, like.device)
 
 
 @lru_cache(maxsize=64)
-def _cached_tables(kind: Kind, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    table = torch.tensor(values(kind, bits), dtype=torch.float32, device=device)
-    return table, table.diff()
+def _cached_table(kind: Kind, bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(values(kind, bits), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,59 +84,22 @@ class Codec:
 
         return along(-(-self.length * self.bits // 8)), along(-(-self.length // BLOCK))
 
-    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, kernel: Any = reference) -> Tensor:
         """The tensor."""
-        shape = list(codes.shape)
-        shape[self.axis] = self.length
-        out = torch.empty(shape, dtype=dtype, device=codes.device)
-        table, _ = _tables(self.kind, self.bits, codes)
-        for at in self._chunks(out):
-            code, scale = self._rows(codes)[at], self._rows(scales)[at]
-            if self.bits == 4:
-                code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, : self.length]
-            if scale.shape[1] > 1:
-                scale = scale.repeat_interleave(BLOCK, dim=1)[:, : self.length]
-            self._rows(out)[at] = table[code.int()].mul_(scale)
-        return out
+        return kernel.decode(codes, scales, _table(self.kind, self.bits, codes), self.axis, self.length, dtype)
 
-    def encode_(self, x: Tensor, codes: Tensor, scales: Tensor, seed: int | None = None, step: Any = 0) -> None:
-        """Write the codes and scales of x, rounded up or down with the odds that make the expectation exact.
-
-        Element i of x, blocks contiguous, uses half-word i of the stream (seed, step); no seed rounds to nearest.
-        """
-        table, gaps = _tables(self.kind, self.bits, codes)
-        tiny = torch.finfo(torch.float32).tiny  # what is smaller has no inverse: it is kept as 0
-        for at in self._chunks(x):
-            wide = self._rows(x)[at].float().contiguous()
-            spare = -self.length % BLOCK if self.length > BLOCK else 0
-            blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, self.length))
-            scale = blocks.abs().amax(-1)
-            scale = torch.where(scale >= tiny, scale, 0)
-            unit = (
-                (blocks / torch.where(scale > 0, scale, math.inf).unsqueeze(-1))
-                .flatten(1)[:, : self.length]
-                .contiguous()
-            )
-            low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
-            share = (unit - table[low]).div_(gaps[low])
-            odds: Any = 0.5
-            if seed is not None:
-                odds = philox.uniform(seed, step, at.start * self.length, unit.numel(), x.device).view_as(share)
-            code = low.add_(share > odds).to(torch.uint8)
-            if self.bits == 4:
-                pairs = torch.nn.functional.pad(code, (0, self.length % 2)).view(len(code), -1, 2)
-                code = pairs[..., 0] | pairs[..., 1] << 4
-            self._rows(codes)[at] = code
-            self._rows(scales)[at] = scale
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """The view (k, length) in whose rows blocks lie, of a tensor, its codes or its scales."""
-        return x.mT if self.axis == -2 else x.view(-1, x.shape[-1])
-
-    def _chunks(self, x: Tensor) -> Iterator[slice]:
-        count = x.numel() // self.length
-        step = max(8, _CHUNK // self.length // 8 * 8)  # multiples of 8 elements begin with a new block of random words
-        return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
+    def encode_(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        seed: int | None = None,
+        step: Tensor | None = None,
+        kernel: Any = reference,
+    ) -> None:
+        """Write the codes and scales of x: to nearest, or stochastically by the stream (seed, step)."""
+        table = _table(self.kind, self.bits, codes)
+        kernel.encode_(x, codes, scales, table, self.axis, seed, table[0] if step is None else step)
 
 
 def nbytes(shape: Sequence[int], bits: int, axis: int = -1) -> int:
@@ -231,17 +192,17 @@ class Opened(dict[str, Any]):
 
     __slots__ = ("kept",)
 
-    def __init__(self, plan: Plan, kept: State, keys: Iterable[str]) -> None:
+    def __init__(self, plan: Plan, kept: State, keys: Iterable[str], kernel: Any) -> None:
         super().__init__(kept)
         self.kept = kept
         for key, codec in codecs(plan).items():
             if key in kept and key in keys:
-                self[key] = codec.decode(kept[key], self.pop(f"{key}_scale"), plan.state_dtype)
+                self[key] = codec.decode(kept[key], self.pop(f"{key}_scale"), plan.state_dtype, kernel)
 
 
-def with_bases(plan: Plan, state: State) -> State:
+def with_bases(plan: Plan, state: State, kernel: Any) -> State:
     """A state whose bases alone are decoded."""
-    return state if is_plain(plan) else Opened(plan, state, plan.basis_keys)
+    return state if is_plain(plan) else Opened(plan, state, plan.basis_keys, kernel)
 
 
 def parts(bucket: Bucket, workspace: int = 0) -> Iterator[Bucket]:
@@ -270,23 +231,23 @@ def open_bytes(plan: Plan) -> int:
     return plan.state_dtype.itemsize * sum(map(math.prod, shapes))
 
 
-def opened(bucket: Bucket) -> Bucket:
+def opened(bucket: Bucket, kernel: Any) -> Bucket:
     """The bucket as rules see it: states decoded, compensated parameters in float32."""
     plan = bucket.plan
     if is_plain(plan):
         return bucket
-    out = replace(bucket, states=[Opened(plan, state, codecs(plan)) for state in bucket.states])
+    out = replace(bucket, states=[Opened(plan, state, codecs(plan), kernel) for state in bucket.states])
     if plan.compensated:
         out.params = [p.float().add_(c) for p, c in zip(bucket.params, bucket.slot("compensation"), strict=True)]
     return out
 
 
-def close_(bucket: Bucket, stepped: Bucket) -> None:
+def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
     """Write back what has been opened, but for the bases."""
     plan = bucket.plan
     if is_plain(plan):
         return
-    _keep_(stepped, [key for key in codecs(plan) if key not in plan.basis_keys])
+    _keep_(stepped, kernel, [key for key in codecs(plan) if key not in plan.basis_keys])
     for kept, state in zip(bucket.states, stepped.states, strict=True):
         kept.update({key: value for key, value in state.items() if not isinstance(value, Tensor)})
     if plan.compensated:
@@ -295,23 +256,23 @@ def close_(bucket: Bucket, stepped: Bucket) -> None:
             rest.copy_(wide.sub_(param))
 
 
-def settle_bases_(bucket: Bucket) -> None:
+def settle_bases_(bucket: Bucket, kernel: Any) -> None:
     """Make new bases what their codes say, so that R and W see the very basis that is kept; rounds to nearest."""
     for codec, key, _, state in _coded(bucket, bucket.plan.basis_keys):
         codes, scales = state.kept[key], state.kept[f"{key}_scale"]
-        codec.encode_(state[key], codes, scales)
-        state[key].copy_(codec.decode(codes, scales, state[key].dtype))
+        codec.encode_(state[key], codes, scales, kernel=kernel)
+        state[key].copy_(codec.decode(codes, scales, state[key].dtype, kernel))
 
 
-def keep_bases_(bucket: Bucket) -> None:
+def keep_bases_(bucket: Bucket, kernel: Any) -> None:
     """Write back bases that have moved a little; rounds stochastically, or they would stay where they are."""
-    _keep_(bucket, bucket.plan.basis_keys)
+    _keep_(bucket, kernel, bucket.plan.basis_keys)
 
 
-def _keep_(bucket: Bucket, keys: Iterable[str]) -> None:
+def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     for codec, key, stream, state in _coded(bucket, keys):
         seed = philox.mix(stream, crc32(key.encode()))
-        codec.encode_(state[key], state.kept[key], state.kept[f"{key}_scale"], seed, state["step"])
+        codec.encode_(state[key], state.kept[key], state.kept[f"{key}_scale"], seed, state["step"], kernel)
 
 
 def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:

@@ -27,6 +27,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "local")
 MOMENTS = ("rotate", "keep", "project_aware")
 TRANSFORMS = ("none", "grams", "cautious")
 BITS = (32, 8, 4)
+BLOCK = 256  # elements of a coded tensor that share a scale
 ROUNDINGS = ("stochastic", "nearest", "kahan")
 
 _MANY = 2**20  # a tensor with an element for every block of 256 grows by it, too

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "subspace_optim"
 LAYERS = (
     ("distributed",),
     ("types", "philox", "_ext", "sizes"),
-    ("hyperparameters", "kernels", "kernels.reference", "storage"),
+    ("hyperparameters", "kernels", "kernels.reference"),
+    ("storage",),
     ("ops",),
     ("kernels.native", "kernels.triton", "kernels.cuda"),
     ("kernels.select",),

@@ -13,23 +13,24 @@ from training import FIVE, RANK, assert_same, groups, net, noise, set_gradients,
 
 import subspace_optim as so
 from subspace_optim import storage
-from subspace_optim.storage import BLOCK, Codec, codecs, nbytes, values
-from subspace_optim.types import make_plan
+from subspace_optim.kernels import native, reference
+from subspace_optim.storage import Codec, codecs, nbytes, values
+from subspace_optim.types import BLOCK, make_plan
 
 CPU = torch.device("cpu")
 KINDS, BITS = ("signed", "unsigned", "linear"), (8, 4)
 by_code = pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind in KINDS for bits in BITS], ids=str)
 
 
-def coded(codec, x, seed=None, step=1):
+def coded(codec, x, seed=None, step=1, kernel=reference):
     """Codes and scales of x."""
     codes, scales = (torch.full(s, 255, dtype=d) for s, d in zip(codec.shapes(x.shape), (torch.uint8, torch.float32)))
-    codec.encode_(x, codes, scales, seed, step)
+    codec.encode_(x, codes, scales, seed, torch.as_tensor(float(step)), kernel)
     return codes, scales
 
 
-def through(codec, x, seed=None, step=1):
-    return codec.decode(*coded(codec, x, seed, step), torch.float32)
+def through(codec, x, seed=None, step=1, kernel=reference):
+    return codec.decode(*coded(codec, x, seed, step, kernel), torch.float32, kernel)
 
 
 def blocks_of(x, axis):
@@ -119,8 +120,33 @@ def test_codes_depend_on_seed_and_step_alone(monkeypatch):
     assert torch.equal(first, coded(codec, x, seed=3, step=torch.tensor(7.0))[0])
     assert not torch.equal(first, coded(codec, x, seed=4, step=7)[0])
     assert not torch.equal(first, coded(codec, x, seed=3, step=8)[0])
-    monkeypatch.setattr(storage, "_CHUNK", 1000)
+    monkeypatch.setattr(reference, "_CHUNK", 1000)
     assert torch.equal(first, coded(codec, x, seed=3, step=7)[0])
+
+
+@by_code
+@pytest.mark.skipif(native.supports(None) is not None, reason=f"native kernels: {native.supports(None)}")
+def test_native_codes_have_the_bits_of_the_reference(kind, bits):
+    for length in (1, 2, 3, 7, 256, 257, 1024, 1025, 2000):
+        for axis, seed in ((-1, None), (-1, 12345678901234), (-2, None), (-2, 5)):
+            x = noise(length, (19, length)).float() * torch.logspace(-38, 20, 19)[:, None]
+            x[3], x[4, 0] = 0, 0
+            x = x.abs() if kind == "unsigned" else x
+            x = x if axis == -1 else x.mT.contiguous()
+            codec = Codec(kind, bits, axis, length)
+            codes, scales = coded(codec, x, seed)
+            for ours, exact in zip(coded(codec, x, seed, kernel=native), (codes, scales)):
+                assert torch.equal(ours, exact)
+            decoded = (codec.decode(codes, scales, torch.float64, kernel) for kernel in (native, reference))
+            assert torch.equal(*decoded)
+
+
+def test_ops_are_what_they_say():
+    codec, x = Codec("signed", 4, -1, 7), noise(0, (3, 7)).float()
+    codes, scales = coded(codec, x, seed=1)
+    table = torch.tensor(values("signed", 4))
+    torch.library.opcheck(torch.ops.subspace_optim.encode_, (x, codes, scales, table, -1, 1, torch.tensor(1.0)))
+    torch.library.opcheck(torch.ops.subspace_optim.decode, (codes, scales, table, -1, 7, torch.float32))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -255,7 +281,7 @@ def test_slow_averages_decay(bits):
         opt.step()
     state = opt.state[p]
     codec = codecs(make_plan((64, 64), torch.float32, CPU, None, state_bits=bits))["exp_avg_sq"]
-    V = codec.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], torch.float32)[:, 1:]
+    V = codec.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], torch.float32, reference)[:, 1:]
     expected = 1e-3 * 0.999**299
     assert V.mean().item() == pytest.approx(expected, rel=0.05 if bits == 8 else 0.2)
 
@@ -279,7 +305,7 @@ def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
         p.grad = noise(step + 1, (96, 64)).float()
         opt.step()
         state = opt.state[p]
-        kept.append(codecs(plan)["basis"].decode(state["basis"], state["basis_scale"], torch.float32))
+        kept.append(codecs(plan)["basis"].decode(state["basis"], state["basis_scale"], torch.float32, reference))
     pairs = zip(seen[1:], kept) if isinstance(projector, so.OnlinePCA) else zip(seen, kept)  # which moves on after
     assert all(torch.equal(used, stored) for (used,), stored in pairs)
     for (used,) in seen:

@@ -59,8 +59,23 @@ struct Kernels {
   double (*squares)(const A* u, int64_t begin, int64_t end);
 };
 
+// A float32 tensor as codes: `rows` rows of `length` elements, each in blocks that share a scale. The rows of a tensor
+// coded by columns are its columns.
+struct Coded {
+  uint8_t* codes;
+  float* scales;
+  const float* table;
+  int64_t values;  // of the table: up to 16, two codes to a byte, or up to 256
+  int64_t rows, length;
+  bool packed, columns;
+};
+
 struct Table {
   const char* isa;
+  // Rows [begin, end) of x into codes, to nearest, or stochastically by the stream (seed, step).
+  void (*encode)(const Coded&, const float* x, bool stochastic, uint64_t seed, uint32_t step, int64_t begin,
+                 int64_t end);
+  void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);
   Kernels<float> float32;
   Kernels<double> float64;
 

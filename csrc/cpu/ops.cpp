@@ -614,6 +614,58 @@ Tensor grad_max_op(Tensors grads) {
   return out;
 }
 
+// The rows of a tensor (axis -1) or of its transpose (axis -2), their codes and scales.
+Coded coded(const Tensor& codes, const Tensor& scales, const Tensor& table, int64_t axis, int64_t length) {
+  const bool packed = table.numel() <= 16, columns = axis == -2;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && scales.scalar_type() == ScalarType::Float &&
+                      table.scalar_type() == ScalarType::Float && table.numel() >= 3 && table.numel() <= 256,
+                  "codes are uint8, scales and the table of up to 256 values float32");
+  STD_TORCH_CHECK(codes.is_contiguous() && scales.is_contiguous() && table.is_contiguous(), "codes must be contiguous");
+  STD_TORCH_CHECK(axis == -1 || (columns && codes.dim() == 2), "blocks run along rows, or along columns of a matrix");
+  const int64_t bytes = packed ? (length + 1) / 2 : length, blocks = (length + 255) / 256;
+  const int64_t rows = codes.numel() / std::max<int64_t>(bytes, 1);
+  STD_TORCH_CHECK(codes.size(codes.dim() + axis) == bytes && scales.numel() == rows * blocks,
+                  "codes and scales must fit the length of the blocks' dimension");
+  return {codes.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<float>(), table.const_data_ptr<float>(),
+          table.numel(), rows, length, packed, columns};
+}
+
+constexpr int64_t kRowGrain = 16 * kChunk;  // elements that are worth a thread
+
+// Boundaries fall on multiples of 8 rows, with which a Philox block begins.
+template <class F>
+void over_rows(const Coded& c, const F& f) {
+  const int64_t groups = (c.rows + 7) / 8, grain = std::max<int64_t>(1, kRowGrain / (8 * c.length));
+  torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+    f(8 * begin, std::min(8 * end, c.rows));
+  });
+}
+
+void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis, std::optional<int64_t> seed,
+               Tensor step) {
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+  const Coded c = coded(codes, scales, table, axis, x.size(x.dim() + axis));
+  STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
+  const float* data = wide.const_data_ptr<float>();
+  const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
+  const auto loop = kernels().encode;
+  over_rows(c, [&](int64_t begin, int64_t end) {
+    loop(c, data, seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), count, begin, end);
+  });
+}
+
+Tensor decode_op(Tensor codes, Tensor scales, Tensor table, int64_t axis, int64_t length, ScalarType dtype) {
+  const Coded c = coded(codes, scales, table, axis, length);
+  const auto sizes = codes.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape[shape.size() + axis] = length;
+  const Tensor out = torch::stable::new_empty(codes, shape, ScalarType::Float);
+  float* data = out.mutable_data_ptr<float>();
+  const auto loop = kernels().decode;
+  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
+  return torch::stable::to(out, dtype);
+}
+
 std::string isa_op() { return kernels().isa; }
 
 }  // namespace
@@ -631,4 +683,6 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));
   m.impl("compressed_adafactor_", TORCH_BOX(&sso::compressed_adafactor_op));
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
+  m.impl("encode_", TORCH_BOX(&sso::encode_op));
+  m.impl("decode", TORCH_BOX(&sso::decode_op));
 }

@@ -28,9 +28,20 @@ from torch import Tensor
 
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, transform_
+from .reference import back, decode, encode_, transform_
 
-__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+__all__ = [
+    "adam_update_",
+    "apply_",
+    "back",
+    "decode",
+    "encode_",
+    "grad_max",
+    "project",
+    "projected_adam_",
+    "transform_",
+    "write_",
+]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB

@@ -17,6 +17,8 @@ __all__ = [
     "apply_",
     "back",
     "compressed_adafactor_",
+    "decode",
+    "encode_",
     "grad_max",
     "project",
     "projected_adam_",
@@ -166,6 +168,16 @@ def compressed_adafactor_(
         *(decay_rate, clip_threshold, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
     )
     _written(params)
+
+
+def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, seed: int | None, step: Tensor) -> None:
+    """The bits of the reference, in one pass."""
+    _ops.encode_(x, codes, scales, table, axis, seed, step)
+
+
+def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    """The bits of the reference, in one pass."""
+    return _ops.decode(codes, scales, table, axis, length, dtype)
 
 
 def _written(params: Iterable[Tensor]) -> None:

@@ -6,6 +6,7 @@
                   R = G              dense (no bases)
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
+    encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
 
 Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both".
 """
@@ -13,14 +14,15 @@ Bases come flat: one a tensor, or all the left ones followed by all the right on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..philox import stochastic_round_
-from ..types import Side
+from ..philox import stochastic_round_, uniform
+from ..types import BLOCK, Side
 
+_CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
 _EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflows, and M/√V with ε = 0 would be infinite
 
 
@@ -185,3 +187,64 @@ def projected_adam_(
     lows = project(grads, bases, side, exp_avgs[0].dtype)
     updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform)
     apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side)
+
+
+def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, seed: int | None, step: Tensor) -> None:
+    """Write the codes and scales of x, rounded up or down with the odds that make the expectation exact.
+
+    Args:
+        x: any dtype; coded in float32.
+        codes: uint8, the shape of x, or half as many along `axis` where the table has at most 16 values.
+        scales: float32, one for every block.
+        table: ascending values in [-1, 1].
+        axis: that blocks run along: -1, or -2 of a matrix.
+        seed: element i of x, the blocks' dimension last, uses half-word i of the stream (seed, step); None rounds to
+            nearest.
+        step: 0-d.
+    """
+    length, gaps = x.shape[axis], table.diff()
+    for at in _chunks(x, axis):
+        wide = _rows(x, axis)[at].float().contiguous()
+        spare = -length % BLOCK if length > BLOCK else 0
+        blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
+        scale = blocks.abs().amax(-1)
+        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0)  # what is smaller has no inverse
+        divisor = torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
+        unit = (blocks / divisor).flatten(1)[:, :length].contiguous()
+        low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
+        odds: float | Tensor = 0.5
+        if seed is not None:
+            odds = uniform(seed, step, at.start * length, unit.numel(), x.device).view_as(unit)
+        code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
+        if len(table) <= 16:
+            pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
+            code = pairs[..., 0] | pairs[..., 1] << 4
+        _rows(codes, axis)[at] = code
+        _rows(scales, axis)[at] = scale
+
+
+def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    """The tensor that was coded, in `dtype`; `length` is its size along `axis`."""
+    shape = list(codes.shape)
+    shape[axis] = length
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    for at in _chunks(out, axis):
+        code, scale = _rows(codes, axis)[at], _rows(scales, axis)[at]
+        if len(table) <= 16:
+            code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
+        if scale.shape[1] > 1:
+            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+        _rows(out, axis)[at] = table[code.int()].mul_(scale)
+    return out
+
+
+def _rows(x: Tensor, axis: int) -> Tensor:
+    """The view (k, length) in whose rows blocks lie, of a tensor, its codes or its scales."""
+    return x.mT if axis == -2 else x.view(-1, x.shape[-1])
+
+
+def _chunks(x: Tensor, axis: int) -> Iterator[slice]:
+    length = x.shape[axis]
+    count = x.numel() // length
+    step = max(8, _CHUNK // length // 8 * 8)  # multiples of 8 elements begin with a new block of random words
+    return (slice(begin, min(begin + step, count)) for begin in range(0, count, step))

@@ -30,9 +30,20 @@ from torch import Tensor
 
 from ..types import Plan, Side
 from . import reference
-from .reference import back, grad_max, transform_
+from .reference import back, decode, encode_, grad_max, transform_
 
-__all__ = ["adam_update_", "apply_", "back", "grad_max", "project", "projected_adam_", "transform_", "write_"]
+__all__ = [
+    "adam_update_",
+    "apply_",
+    "back",
+    "decode",
+    "encode_",
+    "grad_max",
+    "project",
+    "projected_adam_",
+    "transform_",
+    "write_",
+]
 
 # How tl.dot multiplies, by dtype of the gradient (or, in apply_, of the parameter). tf32x3 is float32 to 1e-6; with
 # 16-bit operands the basis and N are rounded as the gradient was, 0.2 % of an update's norm in bfloat16. "tf32x3" is
