@@ -14,7 +14,7 @@ from subspace_optim.pretrain.config import GIB, SIZES, UserError, resolve
 
 def test_with_nothing_said_it_is_galore_on_tiny():
     run = resolve({})
-    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.25, 200)
+    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.25, 20)
     assert run.rank is not None and run.rank < run.hidden and run.device == "cpu"
     assert 300_000 < run.steps * run.tokens_per_step < 1_000_000
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
 
     Args:
         name: Of `create`: an optimizer, ``adamw``, or ``projector+rule[+transform]``.
-        model: Name of the size; 7b has its own learning rate and gap in the GaLore paper.
+        model: Name of the size; 7b has its own learning rate and gap in the GaLore paper. In a run as short as tiny's
+            bases age fast, and a refresh costs little.
 
     Returns:
         The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
@@ -80,6 +81,8 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
         row = OptimizerDefaults(projected_lr, "ours, by rule", scale=0.25, update_proj_gap=200)
     if model == "7b" and row.projected:
         return OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
+    if model == "tiny" and (name in ("galore", "gradnormlorp") or name.startswith("svd+")):
+        return replace(row, update_proj_gap=20)
     return row
 
 
