@@ -110,26 +110,23 @@ def test_the_walk_sees_what_it_must():
     assert "subspace_optim.engine" in set(imports(PACKAGE / "optimizers" / "galore.py"))
 
 
+SLOW = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
 SCRIPT = """
-import json, sys, time
+import json, sys
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before = set(sys.modules)
 import subspace_optim
-seconds = time.perf_counter() - start
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps([seconds, sorted(new), torch.cuda.is_initialized()]))
+print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
 """
 
 
-def test_importing_the_package_is_quick_and_quiet():
-    """Nothing but itself and the standard library; CUDA untouched; half a second over torch, the best of three."""
-    seconds = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
-        took, new, cuda = json.loads(done.stdout)
-        seconds.append(took)
-        assert not set(new) & OPTIONAL
-        assert set(new) - {name for name in new if name.startswith("__editable__")} <= NEEDED
-        assert not cuda
-        assert done.stderr == ""
-    assert min(seconds) < 0.5
+def test_importing_the_package_is_quiet_and_loads_little():
+    """Nothing but itself and the standard library, CUDA untouched, and none of the parts of torch that load slowly."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
+    new, cuda = json.loads(done.stdout)
+    packages = {name.partition(".")[0] for name in new}
+    assert not packages & OPTIONAL
+    assert {name for name in packages if not name.startswith("__editable__")} <= NEEDED
+    assert not [name for name in new if name.startswith(SLOW)]
+    assert not cuda
+    assert done.stderr == ""
