@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from subspace_optim.pretrain.config import LAYERWISE, Failure, UserError
+from subspace_optim.pretrain.config import LAYERWISE, PARALLEL, Failure, UserError
 from subspace_optim.pretrain.display import complain, table, write
 from subspace_optim.sizes import SIZES
 from subspace_optim.types import BITS, ROUNDINGS
@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain",
         help="pretrain a LLaMA on real text and report what it took",
         description="Pretrain a LLaMA on real text. With no options: a model of 5 M parameters learns the source of "
-        "Python's standard library under GaLore, in a few minutes on two CPU cores.",
+        "Python's standard library under GaLore, in a few minutes on two CPU cores. On several GPUs or machines: "
+        "torchrun --nproc-per-node N -m subspace_optim pretrain …, the same run and the same checkpoints.",
         epilog=EXIT_CODES,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -73,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         "svd+lion or random+adam+cautious",
     )
     _add_run_options(one)
+    one.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        help="under torchrun: a copy of the model on every rank (ddp), shards of it (fsdp), or shards where a copy "
+        "does not fit its GPU (auto, the default)",
+    )
     one.add_argument(
         "--fit",
         metavar="SIZE",
@@ -194,7 +201,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     _add_model_options(model)
     model.add_argument("--compile", action="store_true", help="run the model through torch.compile")
-    model.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:N")
+    model.add_argument(
+        "--device",
+        metavar="NAME",
+        help="auto (default), cpu, cuda or cuda:N; each rank of torchrun takes a GPU of its own",
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -225,7 +236,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")
 
     budget = parser.add_argument_group("budget")
-    budget.add_argument("--batch-size", type=int, metavar="N", help="sequences in a micro-batch")
+    budget.add_argument("--batch-size", type=int, metavar="N", help="sequences in a micro-batch, of all ranks")
     budget.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
     budget.add_argument("--steps", type=int, metavar="N", help="updates")
     budget.add_argument("--tokens", type=int, metavar="N", help="training tokens, in place of --steps")

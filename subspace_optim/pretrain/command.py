@@ -26,11 +26,12 @@ from subspace_optim.pretrain.config import (
     grow_to_fit,
     resolve,
 )
-from subspace_optim.pretrain.display import Display, duration, size, table
+from subspace_optim.pretrain.display import Display, Muted, duration, size, table
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
 from subspace_optim.pretrain.model import find_device
 from subspace_optim.pretrain.planning import fit
+from subspace_optim.pretrain.ranks import Ranks, joined
 from subspace_optim.pretrain.report import CATEGORIES, draw_run, make_report, write_json
 from subspace_optim.pretrain.sources import STDLIB, open_source
 
@@ -53,34 +54,22 @@ def pretrain(given: Mapping[str, Any]) -> int:
         Diverged: Training broke down.
     """
     began = time.perf_counter()
-    options = dict(given)
-    display = Display(quiet=options.pop("quiet", False), plain=options.pop("plain", False))
-    out = Path(options.pop("out")).expanduser() if "out" in options else None
-    overwrite = options.pop("overwrite", False)
-    if "resume" in options:
-        if "fit" in options:
-            raise UserError(f"--fit {options['fit']}: cannot be given with --resume; a run goes on as it began")
-        if overwrite:
-            raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
-        named = options.pop("resume")
-        folder = Path(named).expanduser() if named else out or _latest_run()
-        run = _resumed(folder, options, display, began)
-    else:
-        config = resolve(_fitted(options, display) if "fit" in options else settle(options))
-        folder = out or _free_folder(config)
-        _check_folder(folder, overwrite)
-        check(config)
-        with _plain_words(config):
-            run = Run(config, folder, display, began)
-        if overwrite:
-            clear(folder)
+    with joined() as ranks:
+        return _pretrain(dict(given), ranks, began)
+
+
+def _pretrain(options: dict[str, Any], ranks: Ranks, began: float) -> int:
+    quiet, plain = options.pop("quiet", False), options.pop("plain", False)
+    display = Display(quiet=quiet, plain=plain) if ranks.first else Muted()
+    with ranks.agreed():
+        run = _prepared(options, ranks, display, began)
     introduce(run)
     try:
         with _plain_words(run.config), _watched(run):
             run.train()
     except Interrupted as stop:
         display.result(f"stopped by {stop} after step {run.step}; everything is saved. Go on with:")
-        display.result(f"  {program()} pretrain --resume {shlex.quote(str(run.folder))}")
+        display.result(f"  {ranks.launcher or program()} pretrain --resume {shlex.quote(str(run.folder))}")
         return stop.exit_code
     except BaseException:
         if run.step and any(checkpoint.checkpoints(run.folder)):
@@ -88,11 +77,48 @@ def pretrain(given: Mapping[str, Any]) -> int:
                 f"the run stops here; its last checkpoint goes on with --resume {shlex.quote(str(run.folder))}"
             )
         raise
-    report = make_report(run)
-    write_json(run.folder / "report.json", report)
-    draw_run(run.folder / "report.png", report)
-    _conclude(run, report)
+    with ranks.agreed():
+        if ranks.first:
+            report = make_report(run)
+            write_json(run.folder / "report.json", report)
+            draw_run(run.folder / "report.png", report)
+            _conclude(run, report)
     return 0
+
+
+def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: float) -> Run:
+    """A run that is ready to train, with a folder of its own or from a checkpoint."""
+    out = Path(options.pop("out")).expanduser() if "out" in options else None
+    overwrite = options.pop("overwrite", False)
+    if "fit" in options and ranks.size > 1:
+        raise UserError(
+            f"--fit {options['fit']}: is for one process; ask `subspace-optim plan --gpu {options['fit']}` with the "
+            "--batch-size of one rank, and give the options that it names"
+        )
+    if "resume" in options:
+        if "fit" in options:
+            raise UserError(f"--fit {options['fit']}: cannot be given with --resume; a run goes on as it began")
+        if overwrite:
+            raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
+        named = options.pop("resume")
+        folder = ranks.decide(lambda: Path(named).expanduser() if named else out or _latest_run())
+        return _resumed(folder, options, ranks, display, began)
+    config, folder = ranks.decide(lambda: _settled(options, out, overwrite, display))
+    config = ranks.accept(config)
+    check(config)
+    with _plain_words(config):
+        run = Run(config, folder, display, began, ranks)
+    if overwrite and ranks.first:
+        clear(folder)
+    return run
+
+
+def _settled(options: dict[str, Any], out: Path | None, overwrite: bool, display: Display) -> tuple[RunConfig, Path]:
+    """The options of a new run, and its folder."""
+    config = resolve(_fitted(options, display) if "fit" in options else settle(options))
+    folder = out or _free_folder(config)
+    _check_folder(folder, overwrite)
+    return config, folder
 
 
 @contextmanager
@@ -104,7 +130,7 @@ def _watched(run: Run) -> Iterator[None]:
     lines, page = (run.folder / name for name in _FIGURES)
     earlier = [record for record in read_lines(lines) if record[0] <= run.step] if lines.exists() else []
     sinks = JSONLines(lines), Page(page, f"{run.config.optimizer} on {run.config.model}", earlier)
-    with Watch(run.optimizer, *sinks, every=run.config.watch):
+    with Watch(run.optimizer, *sinks, every=run.config.watch, write=run.ranks.first):
         yield
 
 
@@ -162,13 +188,13 @@ def program() -> str:
     return shlex.quote(sys.argv[0])
 
 
-def _resumed(named: Path, options: dict[str, Any], display: Display, began: float) -> Run:
+def _resumed(named: Path, options: dict[str, Any], ranks: Ranks, display: Display, began: float) -> Run:
     folder, state, facts = checkpoint.load_newest(named, display.warn)
-    config = _same_run(RunConfig.from_dict(facts["config"]), options, folder)
+    config = ranks.accept(_same_run(RunConfig.from_dict(facts["config"]), options, folder))
     if config.steps < state["step"]:
         raise UserError(f"--steps {config.steps}: the checkpoint in {folder} is at step {state['step']} already")
     with _plain_words(config):
-        run = Run(config, folder, display, began)
+        run = Run(config, folder, display, began, ranks)
     run.load(state, facts)
     display.info(f"resuming {folder} after step {run.step}")
     return run
@@ -261,7 +287,7 @@ def _conclude(run: Run, report: Mapping[str, Any]) -> None:
     rows = [(text, size(memory[key])) for key, text in CATEGORIES.items()]
     rows += [
         ("taken by the run at its peak", size(memory["peak"] - memory["before_the_model"])),
-        ("planned", size(report["plan"]["allocated"])),
+        ("planned" + ", unsharded" * run.ranks.sharded, size(report["plan"]["allocated"])),
         (f"peak ({memory['peak_is']})", size(memory["peak"])),
     ]
     say(table(("memory", "size"), rows))

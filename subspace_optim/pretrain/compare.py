@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,8 @@ def compare(given: Mapping[str, Any]) -> int:
     Raises:
         UserError: An option cannot be used, or the folder holds a comparison of other runs.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("compare: starts its runs one after another, in one process each; call it without torchrun")
     options = dict(given)
     names = [ALIASES.get(name, name) for name in options.pop("optimizers")]
     display = Display(quiet=options.get("quiet", False), plain=options.get("plain", False))

@@ -122,6 +122,7 @@ class RunConfig:
     min_lr_ratio: float
     clip: float
     layerwise: str
+    parallel: str
     seed: int
     eval_every: int
     eval_tokens: int
@@ -175,8 +176,11 @@ class RunConfig:
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
 # steps, which a person sets on purpose to train for longer.
-FREE_ON_RESUME = frozenset({"steps", "device", "compile", "layerwise", "eval_every", "save_every", "keep", "watch"})
+FREE_ON_RESUME = frozenset(
+    {"steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch"}
+)
 LAYERWISE = ("off", "hooks", "linear")
+PARALLEL = ("auto", "ddp", "fsdp")
 
 
 def flag(name: str) -> str:
@@ -231,8 +235,8 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32, "rounding": "stochastic",
         "dtype": "float32", "gradient_checkpointing": False, "compile": False,
         "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
-        "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off", "seed": 0,
-        "eval_every": size.every, "save_every": size.every, "keep": 2, "watch": 0,
+        "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off",
+        "parallel": "auto", "seed": 0, "eval_every": size.every, "save_every": size.every, "keep": 2, "watch": 0,
     }  # fmt: skip
     if values.get("warmup", 0) > values["steps"]:
         raise UserError(f"--warmup {values['warmup']}: is longer than the run of {values['steps']} steps")

@@ -155,3 +155,16 @@ class Display:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+class Muted(Display):
+    """Shows nothing: of several ranks, one speaks."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def result(self, line: str) -> None:
+        """Left to the first rank."""
+
+    def warn(self, line: str) -> None:
+        """Left to the first rank."""

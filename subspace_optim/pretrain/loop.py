@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from subspace_optim.pretrain.data import Batches, Corpus, prepare
 from subspace_optim.pretrain.display import Display, count, duration, size
 from subspace_optim.pretrain.model import DTYPES, build_model, compiled, evaluate, summed_loss
 from subspace_optim.pretrain.planning import plan_run
+from subspace_optim.pretrain.ranks import Ranks
 
 SKIPS_IN_A_ROW = 20
 _CURVE = ("step", "loss", "lr", "grad_norm", "step_seconds", "optimizer_seconds")
@@ -37,12 +39,13 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> so.SubspaceOptimizer:
+def make_optimizer(model: nn.Module, config: RunConfig, *, early: bool = True) -> so.SubspaceOptimizer:
     """The optimizer of a run, projecting within backward if ``--layerwise`` was given.
 
     Args:
         model: The model.
         config: The run.
+        early: Renew bases within backward, which several ranks with gradients of their own cannot.
 
     Raises:
         UserError: The name or one of the options is refused.
@@ -53,7 +56,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> so.SubspaceOptimizer:
         raise UserError(f"--optimizer {config.optimizer}: {error}") from error
     if config.layerwise != "off":
         try:
-            so.project_in_backward(model, optimizer, linear=config.layerwise == "linear", early=True)
+            so.project_in_backward(model, optimizer, linear=config.layerwise == "linear", early=early)
         except ValueError as error:
             raise UserError(f"--layerwise {config.layerwise}: {error}; leave --layerwise out") from error
     return optimizer
@@ -89,11 +92,12 @@ def lr_factor(update: int, steps: int, warmup: int, min_ratio: float) -> float:
 
 
 @contextmanager
-def stop_signals(pass_on: Callable[[int], None] | None = None) -> Iterator[list[int]]:
+def stop_signals(pass_on: Callable[[int], None] | None = None, *, again: bool = True) -> Iterator[list[int]]:
     """Collect the first Ctrl-C or SIGTERM instead of dying of it; a second one has its usual effect.
 
     Args:
         pass_on: Told of a SIGTERM, which unlike Ctrl-C in a terminal does not reach a child process by itself.
+        again: False to collect further ones too: a launcher passes on what the terminal has sent already.
 
     Yields:
         A list that holds the signal's number once it came.
@@ -109,7 +113,8 @@ def stop_signals(pass_on: Callable[[int], None] | None = None) -> Iterator[list[
         caught.append(number)
         if pass_on is not None and number == signal.SIGTERM:
             pass_on(number)
-        restore()
+        if again:
+            restore()
 
     for number in before:
         signal.signal(number, catch)
@@ -122,33 +127,45 @@ def stop_signals(pass_on: Callable[[int], None] | None = None) -> Iterator[list[
 class Run:
     """One run: everything that a checkpoint holds, and the means to go on from it."""
 
-    def __init__(self, config: RunConfig, folder: Path, display: Display, began: float | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        display: Display,
+        began: float | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.display = display
+        self.ranks = ranks or Ranks()
         self.device = torch.device(config.device)
         self.watch = machine.Stopwatch(self.device)
         if began is not None:
             self.watch.add("start", time.perf_counter() - began)
         with self.watch.phase("corpus"):
-            self.corpus: Corpus = prepare(config, display.info)
+            self.corpus: Corpus = self.ranks.in_turn(lambda: prepare(config, display.info))
             train = self.corpus.windows("train", config.seq_len)
             held_out = self.corpus.windows("validation", config.seq_len)
             self.batches = Batches(train, config.batch_size, config.seed)
             chosen = held_out.spread(config.eval_tokens)
-            at_once = [chosen[i : i + config.batch_size] for i in range(0, len(chosen), config.batch_size)]
+            here = config.batch_size // self.ranks.size
+            even = len(chosen) - len(chosen) % self.ranks.size
+            at_once = [chosen[i : min(i + config.batch_size, even)] for i in range(0, even, config.batch_size)]
+            at_once += [chosen[i : i + here] for i in range(even, len(chosen), here)]
             self.validation = [held_out.read(indices) for indices in at_once]
         with self.watch.phase("plan"):
-            self.plan = plan_run(config, self.corpus.vocab_size)
+            self.plan = plan_run(replace(config, batch_size=here), self.corpus.vocab_size)
+            self.ranks.shard(config, self.plan)
         with self.watch.phase("model"):
             self.memory = machine.MemoryMeter(self.device)
             if self.device.type == "cuda":
                 torch.set_float32_matmul_precision("high")
             model = build_model(config, self.corpus.vocab_size, self.corpus.end_id)
-            self.model = model.to(device=self.device, dtype=DTYPES[config.dtype])
+            self.model = self.ranks.place(model.to(DTYPES[config.dtype]), self.device)
             self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.forward = compiled(self.model, config)
-            self.optimizer = make_optimizer(self.model, config)
+            self.optimizer = make_optimizer(self.model, config, early=self.ranks.size == 1)
             self.scheduler = LambdaLR(
                 self.optimizer, lambda update: lr_factor(update, config.steps, config.warmup, config.min_lr_ratio)
             )
@@ -174,6 +191,7 @@ class Run:
             "curve": torch.tensor(self.curve, dtype=torch.float64),
             "evaluations": torch.tensor(self.evaluations, dtype=torch.float64),
             "skipped": self.skipped,
+            "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
             "seconds": dict(self.watch.seconds),
             "gradient_bytes": self.gradient_bytes,
@@ -200,7 +218,7 @@ class Run:
                 "bring it back as it was, or start a new run in another --out"
             )
         try:
-            self.model.load_state_dict(state["model"])
+            self.ranks.load(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -210,7 +228,8 @@ class Run:
         self.step = state["step"]
         self.batches.epoch, self.batches.cursor = state["position"]["epoch"], state["position"]["cursor"]
         torch.set_rng_state(state["random"]["cpu"])
-        torch.set_num_threads(state["threads"])  # sums depend on how they are split
+        if state["ranks"] == self.ranks.size:
+            torch.set_num_threads(state["threads"])  # sums depend on how they are split
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.curve = state["curve"].tolist()
@@ -229,7 +248,10 @@ class Run:
         """
         with self.watch.phase("checkpoints"):
             facts = {"config": self.config.to_dict(), "corpus": self.corpus.key}
-            checkpoint.save(self.folder, self.step, self.state(), facts, self.config.keep)
+            state = self.ranks.gathered(self.state())
+            with self.ranks.agreed():
+                if self.ranks.first:
+                    checkpoint.save(self.folder, self.step, state, facts, self.config.keep)
 
     def evaluate(self) -> float:
         """Measure the loss on the held-out tokens and note it.
@@ -239,7 +261,7 @@ class Run:
         """
         with self.watch.phase("evaluation"):
             self.model.eval()
-            nll, tokens = evaluate(self.forward, [windows.to(self.device) for windows in self.validation])
+            nll, tokens = evaluate(self.forward, self.validation, self.device, self.ranks)
             self.model.train()
         self.evaluations.append([self.step, nll, tokens])
         return nll / tokens
@@ -255,16 +277,18 @@ class Run:
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulate):
             with self.watch.phase("batches"):
-                windows = self.batches.next().to(self.device)
+                windows = self.ranks.part(self.batches.next()).to(self.device)
             with self.watch.phase("forward and backward"):
                 nll = summed_loss(self.forward, windows)
-                (nll / self.config.tokens_per_step).backward()  # type: ignore[no-untyped-call]
+                # The ranks' gradients are averaged, and the loss is the mean over the tokens of all.
+                (nll * self.ranks.size / self.config.tokens_per_step).backward()  # type: ignore[no-untyped-call]
                 total += nll.detach()
         with self.watch.phase("optimizer"):
             held = (*(p.grad for p in self.parameters), *(r for lows in self.optimizer.lows.values() for r in lows))
             self.gradient_bytes = self.gradient_bytes or machine.storage_bytes(held)
+            self.ranks.average(self.optimizer)
             norm = self.optimizer.clip_grad_norm_(self.config.clip or math.inf).item()
-            loss = total.item() / self.config.tokens_per_step
+            loss = self.ranks.sum(total).item() / self.config.tokens_per_step
             lr = self.optimizer.param_groups[0]["lr"]
             moved = math.isfinite(loss) and math.isfinite(norm)
             if moved:
@@ -290,12 +314,12 @@ class Run:
         skips = 0
         self.display.start(config.steps, self.step)
         try:
-            with stop_signals() as stop:
+            with stop_signals(again=self.ranks.size == 1) as stop:
                 while True:
-                    if stop:
+                    if number := self.ranks.latest(stop):
                         if saved != self.step:
                             self.save()
-                        raise Interrupted(stop[0])
+                        raise Interrupted(number)
                     last = self.step == config.steps
                     evaluated = bool(self.evaluations) and self.evaluations[-1][0] == self.step
                     evaluates = not evaluated and (last or self.step % config.eval_every == 0)
@@ -309,18 +333,21 @@ class Run:
                         return
                     skips = 0 if self.advance() else skips + 1
                     if self.step == 1:
-                        self._check_room()
+                        with self.ranks.agreed():
+                            self._check_room()
                     if skips == SKIPS_IN_A_ROW:
-                        raise Diverged(
-                            f"the loss or its gradient was not finite in the last {skips} steps; the weights are "
-                            f"those of step {self.step - skips}; try a lower --lr or --clip"
-                        )
+                        with self.ranks.agreed():
+                            raise Diverged(
+                                f"the loss or its gradient was not finite in the last {skips} steps; the weights are "
+                                f"those of step {self.step - skips}; try a lower --lr or --clip"
+                            )
         finally:
             self.display.stop()
 
     def _check_room(self) -> None:
         """Refuse to go on where the checkpoints will not fit, now that their size is known and little is lost."""
-        size_of_one = machine.storage_bytes(self.model.parameters()) + self.optimizer.state_bytes()
+        shards = self.ranks.size if self.ranks.sharded else 1
+        size_of_one = shards * (machine.storage_bytes(self.model.parameters()) + self.optimizer.state_bytes())
         needed = size_of_one * (self.config.keep + 1)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -388,6 +415,11 @@ def introduce(run: Run) -> None:
         f"model      {config.model}: LLaMA of {count(parameters)} parameters, depth {config.layers}, "
         f"width {config.hidden}, {config.dtype} on {run.device}"
     )
+    if run.ranks.size > 1:
+        how = "shards of the model (FSDP2)" if run.ranks.sharded else "a copy of the model each"
+        say(
+            f"ranks      {run.ranks.size}, {how}, {config.batch_size // run.ranks.size} sequences of a micro-batch each"
+        )
     text = " ".join(config.data) or "the Python standard library"
     say(
         f"data       {text}: {count(corpus.tokens['train'])} tokens to train on, "
@@ -398,8 +430,9 @@ def introduce(run: Run) -> None:
     say(f"optimizer  {config.optimizer}, lr {config.lr:g}{source}")
     for line in run.optimizer.summary().splitlines():
         say(f"           {line}")
+    memory = "unsharded" if run.ranks.sharded else "memory"
     for number, line in enumerate(run.plan.table().splitlines()):
-        say(f"{'' if number else 'memory':11}{line}")
+        say(f"{'' if number else memory:11}{line}")
     say(
         f"budget     {config.steps} steps of {count(config.tokens_per_step)} tokens = "
         f"{count(config.steps * config.tokens_per_step)} tokens; results in {run.folder}"

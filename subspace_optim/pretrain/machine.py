@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from subspace_optim import distributed
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -102,12 +104,12 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the distinct storages behind some tensors.
+    """Bytes of the distinct storages behind some tensors; of sharded ones, of the shards that are here.
 
     Args:
         tensors: Any tensors; None and shared storages are counted as they deserve.
     """
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    storages = (distributed.local(tensor).untyped_storage() for tensor in tensors if tensor is not None)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from subspace_optim.planner import enable_checkpointing
 from subspace_optim.pretrain.config import RunConfig, UserError
+from subspace_optim.pretrain.ranks import Ranks
 from subspace_optim.sizes import llama_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,18 +87,24 @@ def summed_loss(forward: Callable[..., Any], windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[..., Any], batches: list[Tensor]) -> tuple[float, int]:
+def evaluate(
+    forward: Callable[..., Any], batches: list[Tensor], device: torch.device, ranks: Ranks
+) -> tuple[float, int]:
     """Sum the loss over held-out windows, in double precision.
 
     Args:
         forward: The model, in evaluation mode.
-        batches: Windows on the model's device.
+        batches: Windows.
+        device: Of the model.
+        ranks: Among which each batch is dealt out.
 
     Returns:
         The summed negative log likelihood and the tokens it is over; perplexity is exp(nll / tokens).
     """
-    nll, tokens = 0.0, 0
+    nll, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     for windows in batches:
-        nll += summed_loss(forward, windows).double().item()
+        part = ranks.part(windows).to(device)
+        # What could not be dealt out is seen by all, and counts once.
+        nll += summed_loss(forward, part).double() * (len(windows) / (len(part) * ranks.size))
         tokens += windows[:, 1:].numel()
-    return nll, tokens
+    return ranks.sum(nll).item(), tokens

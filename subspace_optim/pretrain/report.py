@@ -41,6 +41,8 @@ def make_report(run: Run) -> dict[str, Any]:
     pace = [row[4] for row in run.curve]
     return {
         "config": run.config.to_dict(),
+        "ranks": run.ranks.size,
+        "sharded": run.ranks.sharded,
         "corpus": {
             "key": run.corpus.key,
             "vocab_size": run.corpus.vocab_size,
@@ -84,7 +86,7 @@ def make_report(run: Run) -> dict[str, Any]:
 
 
 def memory_by_category(run: Run) -> dict[str, Any]:
-    """Bytes that the run took, counted where they can be and by difference where they cannot.
+    """Bytes that the run took on this rank, counted where they can be and by difference where they cannot.
 
     Args:
         run: A run that has been trained.
