@@ -323,6 +323,7 @@ class Sharded:
         self._kernel, self._sharding = kernel, sharding
         # These work on every element, or every row of the low-rank space, by itself.
         self.apply_, self.back, self.write_ = kernel.apply_, kernel.back, kernel.write_
+        self.encode_, self.decode = kernel.encode_, kernel.decode
 
     def grad_max(self, grads: list[Tensor]) -> Tensor:
         """Of this rank's shards: the engine reduces all buckets at once."""

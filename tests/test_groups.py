@@ -252,7 +252,7 @@ def test_create_refuses():
     model = llama()
     for name, message in {
         "galor": "unknown optimizer 'galor'; did you mean 'galore'",
-        "shampoo": "unknown optimizer 'shampoo'; choose one of adamw, galore, ",
+        "muon": "unknown optimizer 'muon'; choose one of adamw, galore, ",
         "svd+sgd": r"unknown rule 'sgd' in 'svd\+sgd'; choose one of adam, ",
         "qr+adam": r"unknown projector 'qr' in 'qr\+adam'; choose one of none, svd",
         "svd+adam+shy": "unknown transform 'shy' .*choose one of none, grams, cautious",
