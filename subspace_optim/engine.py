@@ -567,6 +567,7 @@ class SubspaceOptimizer(Optimizer):
         changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
         if changes is not None:
             self.rule.carry_(plan, bucket.states, changes, hyper)
+        if self.projector.learns:
             storage.keep_bases_(bucket, kernel)
         for state in bucket.states:
             state["age"] += state["age"] != UNSET

@@ -286,6 +286,24 @@ def test_slow_averages_decay(bits):
     assert V.mean().item() == pytest.approx(expected, rel=0.05 if bits == 8 else 0.2)
 
 
+def test_a_basis_that_learns_goes_where_float32_has_it_go():
+    """A step of 0.005 is a few 8-bit codes or less; 40 roundings of a code each add up to an eighth of the way."""
+    shape, rank = (64, 96), 32
+
+    def bases(bits):
+        p = torch.nn.Parameter(noise(0, shape).float())
+        opt = so.OnlineSubspaceDescent([p], lr=1e-3, rank=rank, proj_type="right", basis_bits=bits)
+        plan = make_plan(shape, torch.float32, CPU, rank, "right", basis_bits=bits)
+        for step in range(40):
+            p.grad = noise(step, shape).float()
+            opt.step()
+            yield storage.with_bases(plan, opt.state[p], reference)["basis"].clone()
+
+    exact, byte, nibble = (list(bases(bits)) for bits in (32, 8, 4))
+    assert (byte[-1] - exact[-1]).norm() < 0.2 * (exact[-1] - exact[0]).norm()
+    assert not torch.equal(nibble[0], nibble[-1])
+
+
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
 @pytest.mark.parametrize("projector", [so.SVD(), so.OnlinePCA()], ids=["svd", "pca"])
 def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
@@ -308,7 +326,7 @@ def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
         kept.append(codecs(plan)["basis"].decode(state["basis"], state["basis_scale"], torch.float32, reference))
     pairs = zip(seen[1:], kept) if isinstance(projector, so.OnlinePCA) else zip(seen, kept)  # which moves on after
     assert all(torch.equal(used, stored) for (used,), stored in pairs)
-    for (used,) in seen:
+    for (used,) in seen[:1] if isinstance(projector, so.OnlinePCA) else seen:  # which drifts off orthonormality
         assert (used.mT @ used - torch.eye(32)).abs().max() < 2 * error
 
 
