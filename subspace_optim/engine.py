@@ -482,14 +482,14 @@ class SubspaceOptimizer(Optimizer):
             dist.ReduceOp.MAX,
             [(plan.sharding, plan.sharding.cuts(), kernels[plan].grad_max(g)) for (_, plan, _), g in grads.items()],
         )
-        return [
-            _Work(group, bucket, kernels[plan], entries)
-            for (index, plan, ahead), largest in zip(members, peaks, strict=True)
-            for group in [self.param_groups[index]]
-            for key in [(index, plan, ahead)]
-            for bucket, entries in [self._bucket(plan, ahead, group, members[key], grads[key], largest)]
-            if len(bucket)
-        ]
+        works = []
+        for key, largest in zip(members, peaks, strict=True):
+            index, plan, ahead = key
+            group = self.param_groups[index]
+            bucket, entries = self._bucket(plan, ahead, group, members[key], grads[key], largest)
+            if len(bucket):
+                works.append(_Work(group, bucket, kernels[plan], entries))
+        return works
 
     @staticmethod
     def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
