@@ -14,29 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.optim import Optimizer
 
-from . import distributed, philox, storage
-from .distributed import Axes
+from . import distributed, storage
 from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .types import Bases, Bucket, Hyper, Plan, State, make_plan, stack_states, state_axes, unstack_state
+from .state import StatefulOptimizer, member_states, name_in, plan_for
+from .types import Bases, Bucket, Hyper, Plan, State
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True)
@@ -52,7 +47,7 @@ class _Entry:
     def of(cls, plan: Plan, param: Tensor, state: State) -> _Entry:
         """The entry of a parameter with this state."""
         shard = distributed.local(param)
-        return cls(shard, plan.matrices(shard), state, _member_states(plan, state))
+        return cls(shard, plan.matrices(shard), state, member_states(plan, state))
 
     def store(self) -> None:
         """Write back what the step could not reach in place: ints, parameters that have no view."""
@@ -75,19 +70,7 @@ class _Work:
     entries: list[_Entry]
 
 
-@dataclass(slots=True)
-class _Match:
-    """A parameter and its state in a state dict, beside the state that it needs, whole and on the meta device."""
-
-    name: str
-    param: Tensor
-    plan: Plan
-    saved: State
-    wanted: State
-    axes: dict[str, tuple[Axes, tuple[int, ...]]]
-
-
-class SubspaceOptimizer(Optimizer):
+class SubspaceOptimizer(StatefulOptimizer):
     """Any projector with any rule and transform, as a torch optimizer.
 
     R = project(G); N = transform(rule(R)); W ← (1 - lr·λ) W - lr·scale·back(N); a dense tensor takes an AdamW step.
@@ -195,60 +178,6 @@ class SubspaceOptimizer(Optimizer):
             defaults["rank"] = None
         super().__init__(params if isinstance(params, Tensor) else entries, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does; keys of ours that are missing take the constructor's values.
-
-        Raises:
-            ValueError: a value is out of range, or a key is misspelt.
-            TypeError: a parameter is of a type that cannot be stepped.
-        """
-        where = f"{type(self).__name__}: group {len(self.param_groups)}"
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
-        group = canonical(param_group, where)
-        check({**self.defaults, **group}, where)
-        if group.get("rank") is not None and self.projector is None:
-            raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
-        params = group["params"]
-        if not isinstance(params, set):  # which torch refuses
-            group["params"] = [params] if isinstance(params, Tensor) else list(params)
-            taken = {id(param): _name(self.param_groups[g], i) for _, g, i, param in self._positions()}
-            for i, entry in enumerate(group["params"]):
-                name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
-                self._refuse_param(param, name, where, taken)
-        super().add_param_group(group)
-
-    @staticmethod
-    def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
-        if not isinstance(param, Tensor):
-            raise TypeError(f"{where}: {name} is a {type(param).__name__}; give tensors or (name, tensor) pairs")
-        name = f"{where}: {name} of shape {tuple(param.shape)}"
-        if not (param.is_leaf or param.retains_grad):
-            raise ValueError(f"{name} is a non-leaf Tensor, the result of a computation; give the parameter itself")
-        if id(param) in taken:
-            raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
-        taken[id(param)] = name
-        if param.dtype not in _DTYPES:
-            raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
-        try:
-            distributed.Layout.of(param)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-
-    def _refuse_flattened(self) -> None:
-        """Without this, wrappers that flatten weights would turn a projection into AdamW without a word."""
-        params = [param for _, _, _, param in self._positions()]
-        who = next(filter(None, map(distributed.flattened_by, params)), None)
-        asked = any(group["rank"] is not None for group in self.param_groups)
-        if who and asked and all(param.ndim < 2 for param in params):
-            own = type(self).__name__
-            raise ValueError(
-                f"{own}: {who} has flattened every parameter, but a projection needs matrices. Shard with "
-                "torch.distributed.fsdp.fully_shard (FSDP2), which keeps their shapes; or use DDP, with "
-                f"torch.distributed.optim.ZeroRedundancyOptimizer(params, {own}, ...) to spread the state (ZeRO-1); "
-                "FSDP1 keeps shapes under use_orig_params=True with ShardingStrategy.NO_SHARD alone"
-            )
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -291,14 +220,6 @@ class SubspaceOptimizer(Optimizer):
             return "it projects nothing"
         return self.rule.whole_gradient or self.projector.whole_gradient
 
-    def plan_of(self, index: int, param: Tensor) -> Plan:
-        """How a tensor of the group with this index is stepped."""
-        return _plan(param, self.param_groups[index])
-
-    def name_of(self, param: Tensor) -> str:
-        """What errors call a tensor of this optimizer."""
-        return next(_name(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
-
     def low_plan(self, index: int, param: Tensor) -> Plan | None:
         """The plan by which the gradient of a tensor may be projected ahead of the coming step.
 
@@ -316,13 +237,13 @@ class SubspaceOptimizer(Optimizer):
             return plan
         assert self.projector is not None
         gap = self.param_groups[index]["update_proj_gap"]
-        return None if any(self.projector.due(member, gap) for member in _member_states(plan, state)) else plan
+        return None if any(self.projector.due(member, gap) for member in member_states(plan, state)) else plan
 
     def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
         """The bases in force of the matrices of a projected tensor."""
         assert self.projector is not None
         kernel = select.resolve(self.backend, plan)
-        states = [storage.with_bases(plan, member, kernel) for member in _member_states(plan, self.state[param])]
+        states = [storage.with_bases(plan, member, kernel) for member in member_states(plan, self.state[param])]
         return self.projector.bases(plan, states)
 
     @torch.no_grad()
@@ -343,7 +264,7 @@ class SubspaceOptimizer(Optimizer):
             return
         if not state:
             state.update(self._init_state(plan, group, position))
-        entry = _Entry(param, plan.matrices(param), state, _member_states(plan, state))
+        entry = _Entry(param, plan.matrices(param), state, member_states(plan, state))
         bucket = Bucket(plan, group["rounding"] == "stochastic", entry.matrices, grads, entry.members)
         bucket.orders = [position + j for j in range(len(bucket))]
         bucket.streams = [self._stream(plan, position, j) for j in range(len(bucket))]
@@ -463,15 +384,17 @@ class SubspaceOptimizer(Optimizer):
             group = self.param_groups[index]
             if param.grad is not None and ahead:
                 raise RuntimeError(
-                    f"{_name(group, i)} has a gradient besides the one that was projected ahead of the step; something "
-                    "else writes p.grad (DistributedDataParallel: leave it out, and call average_gradients), or a "
-                    "backward has run since; zero_grad() clears both"
+                    f"{name_in(group, i)} has a gradient besides the one that was projected ahead of the step; "
+                    "something else writes p.grad (DistributedDataParallel: leave it out, and call average_gradients), "
+                    "or a backward has run since; zero_grad() clears both"
                 )
             if param.grad is not None and param.grad.layout != torch.strided:
-                raise TypeError(f"{_name(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
-            plan, state = _plan(param, group), self.state.get(param)
+                raise TypeError(
+                    f"{name_in(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)"
+                )
+            plan, state = plan_for(param, group), self.state.get(param)
             if state:
-                self._check_state(_name(group, i), plan, group, state)
+                self._check_state(name_in(group, i), plan, group, state)
             members.setdefault((index, plan, ahead), []).append((position, param))
         kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
         grads = {
@@ -490,15 +413,6 @@ class SubspaceOptimizer(Optimizer):
             if len(bucket):
                 works.append(_Work(group, bucket, kernels[plan], entries))
         return works
-
-    @staticmethod
-    def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
-        why, (_, shape) = storage.mismatch(plan.whole, state), storage.kept_shape(plan.whole, "exp_avg")
-        if why is None and state["exp_avg"].shape != shape:
-            why = f"state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} and "
-            why += f"proj_type={group['proj_type']!r} need {shape}"
-        if why is not None:
-            raise ValueError(f"{name} has {why}; keep what the run began with")
 
     def _grads(self, plan: Plan, param: Tensor) -> list[Tensor]:
         """What the step starts from: R of what was projected ahead of it, otherwise the gradient, by matrices."""
@@ -608,163 +522,6 @@ class SubspaceOptimizer(Optimizer):
                 state["age"] = self._offset(bucket.orders[i], group) if state["age"] == UNSET else 0
                 bucket.bases[i] = bases
 
-    def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
-        numbers = plan.members or [0]  # a rank without a matrix of the stack has state of its shape, and no elements
-        members = [self._init_member(plan, group, position, j) for j in numbers]
-        if plan.stack is None:
-            state = members[0]
-        else:
-            state = {key: column[: plan.stack] for key, column in stack_states(members).items()}
-        for key, (axes, shape) in self._axes(plan, group, position).items():
-            state[key] = plan.sharding.spread(state[key], axes, shape)
-        return state
-
-    def _axes(self, plan: Plan, group: dict[str, Any], position: int) -> dict[str, tuple[Axes, tuple[int, ...]]]:
-        """The state tensors that are DTensors: all of a sharded parameter's but the step count."""
-        if plan.sharding.mesh is None:
-            return {}
-        axes = state_axes(plan, lambda other: self._init_member(other, group, position, 0))
-        return {key: (carried, shape) for key, (carried, shape) in axes.items() if shape}
-
-    def _init_member(self, plan: Plan, group: dict[str, Any], position: int, j: int) -> State:
-        """State of one matrix, or of a dense tensor."""
-        if plan.side is None:
-            return storage.allocated(plan, self.dense_rule.init)
-        member = storage.allocated(plan, partial(self._init_matrix, self._stream(plan, position, j)))
-        if member["age"] != UNSET:
-            member["age"] += self._offset(position + j, group)
-        return member
-
-    def allocate_state(self) -> None:
-        """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
-        for position, index, _, param in self._positions():
-            if param.requires_grad and param.numel() and not self.state[param]:
-                group = self.param_groups[index]
-                self.state[param].update(self._init_state(_plan(param, group), group, position))
-
-    def _init_matrix(self, stream: int, plan: Plan) -> State:
-        assert self.projector is not None
-        return self.rule.init(plan) | self.projector.init(plan, stream)
-
-    def _offset(self, order: int, group: dict[str, Any]) -> int:
-        """How much earlier than a whole gap the first renewal comes."""
-        if not (self.stagger and self.projector is not None and self.projector.periodic):
-            return 0
-        return int(order * _GOLDEN % 1 * group["update_proj_gap"])
-
-    def _stream(self, plan: Plan, position: int, j: int) -> int:
-        """The seed of the j-th matrix of the parameter at a position."""
-        seed = self._seed(position)
-        return seed if plan.stack is None else philox.mix(seed, j)
-
-    def _seed(self, position: int) -> int:
-        return philox.mix(self.seed, position)
-
-    def _positions(self) -> Iterator[tuple[int, int, int, Tensor]]:
-        """(position in the optimizer, group, position in the group, parameter): seeds follow the first."""
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                yield position, index, i, param
-                position += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's; once there is state, every parameter that requires a gradient has some.
-
-        torch.distributed.checkpoint reads into a fresh optimizer, for which it makes all state: what a checkpoint left
-        out, because a parameter has not had a gradient yet, it would miss.
-        """
-        if self.state:
-            self.allocate_state()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
-
-        Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
-
-        Raises:
-            ValueError: the state is of another optimizer, rank or model. Nothing has been changed then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            for match in self._matched(incoming):
-                self._check_loaded(match)
-            loaded.update(incoming)
-
-        def restore(_: Optimizer) -> None:
-            for match in self._matched(loaded):
-                for key, value in match.saved.items():
-                    if isinstance(value, Tensor):
-                        value = self._placed(match, key, value.detach())
-                    self.state[match.param][key] = value
-
-        # As hooks, so that hooks of the user's run before and after in the usual order.
-        handles = (
-            self.register_load_state_dict_pre_hook(inspect),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _matched(self, state_dict: dict[str, Any]) -> Iterator[_Match]:
-        """The parameters that the state dict has state for."""
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
-        if sizes[0] != sizes[1]:
-            return  # torch's own message says it
-        for position, index, i, param in self._positions():
-            saved = state_dict["state"].get(groups[index]["params"][i])
-            if saved:
-                group = {**self.defaults, **groups[index], "params": self.param_groups[index]["params"]}
-                plan = _plan(param, group)
-                wanted = self._init_state(replace(plan.whole, device=torch.device("meta")), group, position)
-                axes = self._axes(plan, group, position)
-                yield _Match(_name(self.param_groups[index], i), param, plan, saved, wanted, axes)
-
-    def _check_loaded(self, match: _Match) -> None:
-        if why := storage.mismatch(match.plan.whole, match.saved):
-            raise ValueError(f"{match.name}: the checkpoint holds {why}; set that option as in the run that wrote it")
-        if set(match.saved) != set(match.wanted):
-            raise ValueError(
-                f"{match.name}: the checkpoint holds {', '.join(sorted(match.saved))}, but {type(self).__name__} keeps "
-                f"{', '.join(sorted(match.wanted))}; load it into the optimizer, with the rank and options, that wrote "
-                "it"
-            )
-        for key, value in match.wanted.items():
-            given, needed = _describe(match.saved[key]), _describe(value)
-            if given != needed:
-                raise ValueError(
-                    f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
-                    f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
-                )
-
-    @staticmethod
-    def _placed(match: _Match, key: str, value: Tensor) -> Tensor:
-        """A copy of a loaded tensor in its own dtype, where and as this parameter's is kept."""
-        axes, _ = match.axes.get(key, (None, None))
-        value = distributed.whole(value) if axes is None else match.plan.sharding.placed(value, axes)
-        # Ints of stacked states are read at every step: on a GPU that would wait for it.
-        here = value.dtype != torch.int64 or axes is not None
-        device = match.param.device if here else torch.device("cpu")
-        return value.to(device, match.wanted[key].dtype, copy=True, memory_format=torch.contiguous_format)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "skipped_updates")}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.lows = {}  # of other bases
-        self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-
     def watch(self, every: int = 10) -> None:
         """Look at every n-th step from now on, for `report`.
 
@@ -795,47 +552,9 @@ class SubspaceOptimizer(Optimizer):
     def _members(self) -> Iterator[tuple[int, str, Plan]]:
         """(random stream, name, plan) of every matrix."""
         for position, index, i, param in self._positions():
-            plan, name = _plan(param, self.param_groups[index]), _name(self.param_groups[index], i)
+            plan, name = plan_for(param, self.param_groups[index]), name_in(self.param_groups[index], i)
             for j in plan.members:
                 yield self._stream(plan, position, j), name if plan.stack is None else f"{name}[{j}]", plan
-
-    def state_bytes(self) -> int:
-        """Memory held here by all state tensors, every storage counted once; of sharded ones, their shards."""
-        values = (distributed.local(value) for state in self.state.values() for value in state.values())
-        tensors = (value for value in values if isinstance(value, Tensor))
-        return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
-
-    def summary(self) -> str:
-        """A table of what is projected, what is dense, and why; one line for tensors that are treated alike."""
-        rows: dict[tuple[str, str, str], list[str]] = {}
-        for _, index, i, param in self._positions():
-            plan = _plan(param, self.param_groups[index])
-            how = f"{plan.side}, rank {plan.rank}" if plan.side else "dense"
-            key = (how, "×".join(map(str, param.shape)) or "scalar", plan.reason if param.requires_grad else "frozen")
-            rows.setdefault(key, []).append(_name(self.param_groups[index], i))
-        lines = [
-            (how, shape, str(len(names)), names[0] + (", …" if len(names) > 1 else ""), reason)
-            for (how, shape, reason), names in sorted(rows.items(), key=lambda row: row[0][0] == "dense")
-        ]
-        lines.insert(0, ("step", "shape", "count", "tensors", "why dense"))
-        widths = [max(len(line[column]) for line in lines) for column in range(5)]
-        cells = ((cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join("  ".join(row).rstrip() for row in cells)
-
-    def __repr__(self) -> str:
-        parts = f"projector={self.projector}, rule={self.rule}"
-        return f"{super().__repr__()}\n{parts}\n{self.summary()}"
-
-
-def _plan(param: Tensor, group: dict[str, Any]) -> Plan:
-    options = (group["rank"], group["proj_type"], group["batch_dims"])
-    kept = (group["state_bits"], group["basis_bits"], group["rounding"])
-    try:
-        layout = distributed.Layout.of(param)
-        return make_plan(tuple(param.shape), param.dtype, param.device, *options, *kept, layout)
-    except ValueError as error:
-        i = next(i for i, own in enumerate(group["params"]) if own is param)
-        raise ValueError(f"{_name(group, i)} {error}") from None
 
 
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
@@ -849,22 +568,6 @@ def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
         transform=group["transform"],
         moments=group["moments"],
     )
-
-
-def _member_states(plan: Plan, state: State) -> list[State]:
-    """The states of the matrices of a tensor: tensors are the memory of the state's, ints of a stack are copies."""
-    here = state if plan.sharding.mesh is None else {key: distributed.local(value) for key, value in state.items()}
-    return [here] if plan.stack is None else unstack_state(here, plan.stack)
-
-
-def _name(group: dict[str, Any], i: int) -> str:
-    if "param_names" in group:
-        return str(group["param_names"][i])
-    return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 def _lr_ratio(group: dict[str, Any]) -> float:

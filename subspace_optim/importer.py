@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import distributed, storage
-from .engine import SubspaceOptimizer, _name, _plan
+from .engine import SubspaceOptimizer
 from .projectors import UNSET, Projector
 from .rules import Adam, Apollo, carried
+from .state import name_in, plan_for
 from .types import Bases, Plan, State, stack_states, unstack_state
 
 SOURCES = ("auto", "galore_torch", "bitsandbytes", "torch")
@@ -77,7 +78,7 @@ def import_checkpoint(
     ):
         group = optimizer.param_groups[g]
         if states.get(their_index):
-            name, plan = f"import_checkpoint: {_name(group, i)}", _plan(param, group).whole
+            name, plan = f"import_checkpoint: {name_in(group, i)}", plan_for(param, group).whole
             kept = optimizer._init_state(plan, group, position)
             members = unstack_state(kept, plan.stack) if plan.stack else [kept]
             rule = optimizer.rule if plan.side else optimizer.dense_rule

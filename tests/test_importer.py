@@ -16,7 +16,7 @@ from training import FIVE, noise, snapshot
 
 import subspace_optim as so
 from subspace_optim import storage
-from subspace_optim.engine import _plan
+from subspace_optim.state import plan_for
 
 SETTINGS = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1}
 GALORE = {"rank": 3, "update_proj_gap": 4, "scale": 0.5}
@@ -270,7 +270,7 @@ def test_moments_and_bases_are_stored_in_the_bits_of_their_group(shape):
     for opt in (plain, coded):
         so.import_checkpoint(opt, theirs.state_dict())
     for param, group in zip(params, coded.param_groups):
-        codecs = storage.codecs(_plan(param, group))
+        codecs = storage.codecs(plan_for(param, group))
         assert codecs
         for key, codec in codecs.items():
             if key in coded.state[param]:

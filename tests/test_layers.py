@@ -20,7 +20,7 @@ LAYERS = (
     ("kernels.native", "kernels.triton", "kernels.cuda"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
-    ("monitor",),
+    ("monitor", "state"),
     ("engine",),
     ("layerwise",),
     ("optimizers", "allocation", "spectrum", "importer"),
@@ -106,7 +106,7 @@ def test_the_library_needs_torch_alone(path):
 
 def test_the_walk_sees_what_it_must():
     seen = set(imports(PACKAGE / "engine.py"))
-    assert {"subspace_optim.philox", "subspace_optim.kernels.select", "torch.optim"} <= seen
+    assert {"subspace_optim.state", "subspace_optim.kernels.select", "torch.linalg"} <= seen
     assert "subspace_optim.engine" in set(imports(PACKAGE / "optimizers" / "galore.py"))
 
 

@@ -1,0 +1,347 @@
+"""What an optimizer holds: its groups, how each tensor is stepped, and the state of every tensor.
+
+All of the engine but the step: tensors that cannot be stepped are refused, state is made, saved, loaded and told of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import distributed, philox, storage
+from .distributed import Axes
+from .hyperparameters import canonical, check
+from .projectors import UNSET, Projector
+from .rules import Rule
+from .types import Plan, State, make_plan, stack_states, state_axes, unstack_state
+
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class _Match:
+    """A parameter and its state in a state dict, beside the state that it needs, whole and on the meta device."""
+
+    name: str
+    param: Tensor
+    plan: Plan
+    saved: State
+    wanted: State
+    axes: dict[str, tuple[Axes, tuple[int, ...]]]
+
+
+class StatefulOptimizer(Optimizer):
+    """The groups and the state of a `SubspaceOptimizer`, which adds the step.
+
+    Attributes:
+        projector: which subspace; None leaves every tensor dense.
+        rule: what happens inside it.
+        dense_rule: the rule of tensors that are not projected.
+        stagger: whether the refreshes of different tensors are spread over the gap.
+        seed: of random bases, starting points and rounding.
+        backend: auto, or the name of one.
+        skipped_updates: how many updates of one tensor a gradient that was not finite has cost.
+        lows: R of the tensors whose gradients were projected ahead of the coming step, one for each matrix.
+    """
+
+    projector: Projector | None
+    rule: Rule
+    dense_rule: Rule
+    stagger: bool
+    seed: int
+    backend: str
+    skipped_updates: int
+    lows: dict[Tensor, list[Tensor]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch does; keys of ours that are missing take the constructor's values.
+
+        Raises:
+            ValueError: a value is out of range, or a key is misspelt.
+            TypeError: a parameter is of a type that cannot be stepped.
+        """
+        where = f"{type(self).__name__}: group {len(self.param_groups)}"
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
+        group = canonical(param_group, where)
+        check({**self.defaults, **group}, where)
+        if group.get("rank") is not None and self.projector is None:
+            raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
+        params = group["params"]
+        if not isinstance(params, set):  # which torch refuses
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            taken = {id(param): name_in(self.param_groups[g], i) for _, g, i, param in self._positions()}
+            for i, entry in enumerate(group["params"]):
+                name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
+                self._refuse_param(param, name, where, taken)
+        super().add_param_group(group)
+
+    @staticmethod
+    def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{where}: {name} is a {type(param).__name__}; give tensors or (name, tensor) pairs")
+        name = f"{where}: {name} of shape {tuple(param.shape)}"
+        if not (param.is_leaf or param.retains_grad):
+            raise ValueError(f"{name} is a non-leaf Tensor, the result of a computation; give the parameter itself")
+        if id(param) in taken:
+            raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
+        taken[id(param)] = name
+        if param.dtype not in _DTYPES:
+            raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
+        try:
+            distributed.Layout.of(param)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+
+    def _refuse_flattened(self) -> None:
+        """Without this, wrappers that flatten weights would turn a projection into AdamW without a word."""
+        params = [param for _, _, _, param in self._positions()]
+        who = next(filter(None, map(distributed.flattened_by, params)), None)
+        asked = any(group["rank"] is not None for group in self.param_groups)
+        if who and asked and all(param.ndim < 2 for param in params):
+            own = type(self).__name__
+            raise ValueError(
+                f"{own}: {who} has flattened every parameter, but a projection needs matrices. Shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which keeps their shapes; or use DDP, with "
+                f"torch.distributed.optim.ZeroRedundancyOptimizer(params, {own}, ...) to spread the state (ZeRO-1); "
+                "FSDP1 keeps shapes under use_orig_params=True with ShardingStrategy.NO_SHARD alone"
+            )
+
+    def plan_of(self, index: int, param: Tensor) -> Plan:
+        """How a tensor of the group with this index is stepped."""
+        return plan_for(param, self.param_groups[index])
+
+    def name_of(self, param: Tensor) -> str:
+        """What errors call a tensor of this optimizer."""
+        return next(name_in(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
+
+    @staticmethod
+    def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
+        why, (_, shape) = storage.mismatch(plan.whole, state), storage.kept_shape(plan.whole, "exp_avg")
+        if why is None and state["exp_avg"].shape != shape:
+            why = f"state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} and "
+            why += f"proj_type={group['proj_type']!r} need {shape}"
+        if why is not None:
+            raise ValueError(f"{name} has {why}; keep what the run began with")
+
+    def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
+        numbers = plan.members or [0]  # a rank without a matrix of the stack has state of its shape, and no elements
+        members = [self._init_member(plan, group, position, j) for j in numbers]
+        if plan.stack is None:
+            state = members[0]
+        else:
+            state = {key: column[: plan.stack] for key, column in stack_states(members).items()}
+        for key, (axes, shape) in self._axes(plan, group, position).items():
+            state[key] = plan.sharding.spread(state[key], axes, shape)
+        return state
+
+    def _axes(self, plan: Plan, group: dict[str, Any], position: int) -> dict[str, tuple[Axes, tuple[int, ...]]]:
+        """The state tensors that are DTensors: all of a sharded parameter's but the step count."""
+        if plan.sharding.mesh is None:
+            return {}
+        axes = state_axes(plan, lambda other: self._init_member(other, group, position, 0))
+        return {key: (carried, shape) for key, (carried, shape) in axes.items() if shape}
+
+    def _init_member(self, plan: Plan, group: dict[str, Any], position: int, j: int) -> State:
+        """State of one matrix, or of a dense tensor."""
+        if plan.side is None:
+            return storage.allocated(plan, self.dense_rule.init)
+        member = storage.allocated(plan, partial(self._init_matrix, self._stream(plan, position, j)))
+        if member["age"] != UNSET:
+            member["age"] += self._offset(position + j, group)
+        return member
+
+    def allocate_state(self) -> None:
+        """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
+        for position, index, _, param in self._positions():
+            if param.requires_grad and param.numel() and not self.state[param]:
+                group = self.param_groups[index]
+                self.state[param].update(self._init_state(plan_for(param, group), group, position))
+
+    def _init_matrix(self, stream: int, plan: Plan) -> State:
+        assert self.projector is not None
+        return self.rule.init(plan) | self.projector.init(plan, stream)
+
+    def _offset(self, order: int, group: dict[str, Any]) -> int:
+        """How much earlier than a whole gap the first renewal comes."""
+        if not (self.stagger and self.projector is not None and self.projector.periodic):
+            return 0
+        return int(order * _GOLDEN % 1 * group["update_proj_gap"])
+
+    def _stream(self, plan: Plan, position: int, j: int) -> int:
+        """The seed of the j-th matrix of the parameter at a position."""
+        seed = self._seed(position)
+        return seed if plan.stack is None else philox.mix(seed, j)
+
+    def _seed(self, position: int) -> int:
+        return philox.mix(self.seed, position)
+
+    def _positions(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """(position in the optimizer, group, position in the group, parameter): seeds follow the first."""
+        position = 0
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                yield position, index, i, param
+                position += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; once there is state, every parameter that requires a gradient has some.
+
+        torch.distributed.checkpoint reads into a fresh optimizer, for which it makes all state: what a checkpoint left
+        out, because a parameter has not had a gradient yet, it would miss.
+        """
+        if self.state:
+            self.allocate_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
+
+        Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
+
+        Raises:
+            ValueError: the state is of another optimizer, rank or model. Nothing has been changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
+            for match in self._matched(incoming):
+                self._check_loaded(match)
+            loaded.update(incoming)
+
+        def restore(_: Optimizer) -> None:
+            for match in self._matched(loaded):
+                for key, value in match.saved.items():
+                    if isinstance(value, Tensor):
+                        value = self._placed(match, key, value.detach())
+                    self.state[match.param][key] = value
+
+        # As hooks, so that hooks of the user's run before and after in the usual order.
+        handles = (
+            self.register_load_state_dict_pre_hook(inspect),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _matched(self, state_dict: dict[str, Any]) -> Iterator[_Match]:
+        """The parameters that the state dict has state for."""
+        groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
+        if sizes[0] != sizes[1]:
+            return  # torch's own message says it
+        for position, index, i, param in self._positions():
+            saved = state_dict["state"].get(groups[index]["params"][i])
+            if saved:
+                group = {**self.defaults, **groups[index], "params": self.param_groups[index]["params"]}
+                plan = plan_for(param, group)
+                wanted = self._init_state(replace(plan.whole, device=torch.device("meta")), group, position)
+                axes = self._axes(plan, group, position)
+                yield _Match(name_in(self.param_groups[index], i), param, plan, saved, wanted, axes)
+
+    def _check_loaded(self, match: _Match) -> None:
+        if why := storage.mismatch(match.plan.whole, match.saved):
+            raise ValueError(f"{match.name}: the checkpoint holds {why}; set that option as in the run that wrote it")
+        if set(match.saved) != set(match.wanted):
+            raise ValueError(
+                f"{match.name}: the checkpoint holds {', '.join(sorted(match.saved))}, but {type(self).__name__} keeps "
+                f"{', '.join(sorted(match.wanted))}; load it into the optimizer, with the rank and options, that wrote "
+                "it"
+            )
+        for key, value in match.wanted.items():
+            given, needed = _describe(match.saved[key]), _describe(value)
+            if given != needed:
+                raise ValueError(
+                    f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
+                    f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
+                )
+
+    @staticmethod
+    def _placed(match: _Match, key: str, value: Tensor) -> Tensor:
+        """A copy of a loaded tensor in its own dtype, where and as this parameter's is kept."""
+        axes, _ = match.axes.get(key, (None, None))
+        value = distributed.whole(value) if axes is None else match.plan.sharding.placed(value, axes)
+        # Ints of stacked states are read at every step: on a GPU that would wait for it.
+        here = value.dtype != torch.int64 or axes is not None
+        device = match.param.device if here else torch.device("cpu")
+        return value.to(device, match.wanted[key].dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "skipped_updates")}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lows = {}  # of other bases
+        self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def state_bytes(self) -> int:
+        """Memory held here by all state tensors, every storage counted once; of sharded ones, their shards."""
+        values = (distributed.local(value) for state in self.state.values() for value in state.values())
+        tensors = (value for value in values if isinstance(value, Tensor))
+        return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+    def summary(self) -> str:
+        """A table of what is projected, what is dense, and why; one line for tensors that are treated alike."""
+        rows: dict[tuple[str, str, str], list[str]] = {}
+        for _, index, i, param in self._positions():
+            plan = plan_for(param, self.param_groups[index])
+            how = f"{plan.side}, rank {plan.rank}" if plan.side else "dense"
+            key = (how, "×".join(map(str, param.shape)) or "scalar", plan.reason if param.requires_grad else "frozen")
+            rows.setdefault(key, []).append(name_in(self.param_groups[index], i))
+        lines = [
+            (how, shape, str(len(names)), names[0] + (", …" if len(names) > 1 else ""), reason)
+            for (how, shape, reason), names in sorted(rows.items(), key=lambda row: row[0][0] == "dense")
+        ]
+        lines.insert(0, ("step", "shape", "count", "tensors", "why dense"))
+        widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        cells = ((cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join("  ".join(row).rstrip() for row in cells)
+
+    def __repr__(self) -> str:
+        parts = f"projector={self.projector}, rule={self.rule}"
+        return f"{super().__repr__()}\n{parts}\n{self.summary()}"
+
+
+def plan_for(param: Tensor, group: dict[str, Any]) -> Plan:
+    """How a tensor of the group is stepped."""
+    options = (group["rank"], group["proj_type"], group["batch_dims"])
+    kept = (group["state_bits"], group["basis_bits"], group["rounding"])
+    try:
+        layout = distributed.Layout.of(param)
+        return make_plan(tuple(param.shape), param.dtype, param.device, *options, *kept, layout)
+    except ValueError as error:
+        i = next(i for i, own in enumerate(group["params"]) if own is param)
+        raise ValueError(f"{name_in(group, i)} {error}") from None
+
+
+def member_states(plan: Plan, state: State) -> list[State]:
+    """The states of the matrices of a tensor: tensors are the memory of the state's, ints of a stack are copies."""
+    here = state if plan.sharding.mesh is None else {key: distributed.local(value) for key, value in state.items()}
+    return [here] if plan.stack is None else unstack_state(here, plan.stack)
+
+
+def name_in(group: dict[str, Any], i: int) -> str:
+    """What errors call the tensor at a position in the group."""
+    if "param_names" in group:
+        return str(group["param_names"][i])
+    return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
