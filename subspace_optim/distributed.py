@@ -356,10 +356,11 @@ class Sharded:
         eps: float,
         transform: str = "none",
         eps_inside: bool = False,
+        finite: Tensor | None = None,
     ) -> list[Tensor]:
         """As the reference."""
         moments = (lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps)
-        updates = self._kernel.adam_update_(*moments, "none", eps_inside)
+        updates = self._kernel.adam_update_(*moments, "none", eps_inside, finite)
         self.transform_(updates, lows, transform)
         return updates
 
@@ -380,15 +381,16 @@ class Sharded:
         scale: float,
         side: Any,
         transform: str,
+        finite: Tensor | None = None,
     ) -> None:
         """The fused kernel where nothing is to be reduced, otherwise its three pieces."""
         reduced = side is not None and self._sharding.cuts(*self._CONTRACTED[side])
         if not reduced and transform != "cautious":
             self._kernel.projected_adam_(
                 *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds),
-                *(lr, beta1, beta2, eps, weight_decay, scale, side, transform),
+                *(lr, beta1, beta2, eps, weight_decay, scale, side, transform, finite),
             )
             return
         lows = self.project(grads, bases, side, exp_avgs[0].dtype)
-        updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform)
-        self.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side)
+        updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
+        self.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)

@@ -1,5 +1,7 @@
 """Arguments of projected_adam_ for the tests of GPU kernels, what surrounds them, and distances between results."""
 
+from itertools import cycle
+
 import torch
 
 CANARY = 777.0
@@ -45,3 +47,20 @@ def error(a, b):
     pairs = zip(a, b, strict=True)
     errors = [(torch.dist(x.double(), y.double()) / y.double().norm().clamp(min=1e-30)).item() for x, y in pairs]
     return torch.tensor([0.0, *errors]).max().item()  # which keeps a NaN
+
+
+def some_unusable(lists):
+    """Flags that say no of every third member from the second on; the gradients of those are NaN then."""
+    flags = torch.arange(len(lists[0])) % 3 != 1
+    for grad, flag in zip(lists[1], flags.tolist(), strict=True):
+        if not flag:
+            grad.fill_(torch.nan)
+    return flags.to(lists[0][0].device)
+
+
+def members(lists, flags):
+    """Lists of what the flags say yes of, and of the others; a basis on each side is two lists in one."""
+    wanted = flags.tolist()
+    return [
+        [[t for t, flag in zip(column, cycle(wanted)) if flag == which] for column in lists] for which in (True, False)
+    ]

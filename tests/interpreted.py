@@ -8,7 +8,7 @@ from functools import partial
 import interpreter  # noqa: F401
 import pytest
 import torch
-from buckets import bucket, error, twice
+from buckets import bucket, error, members, some_unusable, twice
 from training import ALL_METHODS, assert_same, build, net, train
 
 from subspace_optim.kernels import reference, select
@@ -143,6 +143,22 @@ def test_apply_with_a_rate_for_each_tensor_and_signs(shape, lr):
             kernel.apply_(*lists, (), lr, 0.1, 0.5, side, sign)
         assert error(mine[0], theirs[0]) < 1e-6
         assert unharmed()
+
+
+@pytest.mark.parametrize("shape", [((33, 17), 5, "right"), ((17, 33), 5, "left"), ((7,), None, None)], ids=str)
+def test_what_is_not_finite_is_left_alone(shape, path, monkeypatch):
+    """By the device, step count included; the others get the bits of their own call."""
+    monkeypatch.setattr(kernels, "_WORKSPACE", 2 * 33 * 5 * 4)
+    lists, side = bucket(*shape, torch.bfloat16, count=4), shape[-1]
+    seeds, flags = [5, 6, 7, 8], some_unusable(lists)
+    mine, before, unharmed = twice(lists)
+    alone = members(before, flags)[0]
+    kernels.projected_adam_(*mine, seeds, HOST_LR, *ADAM.values(), side, "grams", finite=flags)
+    kernels.projected_adam_(*alone, members([seeds], flags)[0][0], HOST_LR, *ADAM.values(), side, "grams")
+    stepped, left = members(mine, flags)
+    for own, expected in ((stepped, alone), (left, members(lists, flags)[1])):
+        torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
+    assert unharmed()
 
 
 @pytest.mark.parametrize("eps_inside", [False, True])

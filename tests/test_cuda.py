@@ -12,7 +12,7 @@ from functools import partial
 import emulated
 import pytest
 import torch
-from buckets import bucket, error, twice
+from buckets import bucket, error, members, some_unusable, twice
 from training import ALL_METHODS, build, net, train
 
 from subspace_optim import _ext, philox
@@ -277,6 +277,31 @@ def test_grad_max(count, dtype):
     grads.append(torch.full((3, count), 5.0, dtype=dtype).T)
     grads += [torch.tensor(float(i), dtype=dtype) for i in range(70)]
     torch.testing.assert_close(kernels.grad_max(grads), reference.grad_max(grads), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("path", ["fused", "halves", "pieces"])
+@pytest.mark.parametrize("transform", ["grams", "cautious"])
+@pytest.mark.parametrize("side", [None, *SIDES])
+def test_what_is_not_finite_is_left_alone(side, transform, path, request):
+    """By the device, step count included, in every launch of a bucket; the others get the bits of their own call."""
+    if path == "halves":
+        request.getfixturevalue("two_halves")
+    lists = bucket((9, 5), 2, side, torch.bfloat16 if path == "fused" else torch.float32, count=70)
+    seeds, flags = list(range(70)), some_unusable(lists)
+    mine, before, unharmed = twice(lists)
+    own_seeds = members([seeds], flags)[0][0]
+    for own, numbers, finite in ((mine, seeds, flags), (alone := members(before, flags)[0], own_seeds, None)):
+        if path == "pieces":
+            lows = kernels.project(own[1], own[4], side, torch.float32)
+            moments = (*own[2:4], own[5], 0.8, 0.95, 1e-3, transform, False)
+            updates = kernels.adam_update_(lows, *moments, finite=finite)
+            kernels.apply_(own[0], updates, own[4], own[5], numbers, RATE, 0.1, 0.5, side, finite=finite)
+        else:
+            kernels.projected_adam_(*own, numbers, RATE, *ADAM.values(), side, transform, finite=finite)
+    stepped, left = members(mine, flags)
+    for own, expected in ((stepped, alone), (left, members(lists, flags)[1])):
+        torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
+    assert unharmed()
 
 
 @pytest.mark.parametrize("side", [None, "right", "left"])

@@ -28,7 +28,7 @@ REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count")
-TYPES = {"table": "*i64", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes

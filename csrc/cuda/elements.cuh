@@ -108,6 +108,7 @@ struct Scalars {
   float slope, floor;       // of Adam
   float decay;              // W ← decay·W + factor·U
   uint32_t step;            // of the rounding noise
+  bool skip;                // the gradient is not finite: nothing of the tensor is written
   double factor;
   unsigned long long kept;  // elements that cautious has kept
 };

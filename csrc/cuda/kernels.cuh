@@ -29,7 +29,8 @@ struct Schedule {
   double weight_decay, scale;
   const void* lr;  // on the device, or null
   bool lr_double;
-  int lr_stride;  // 0: one for all
+  int lr_stride;       // 0: one for all
+  const bool* finite;  // on the device, or null: all are
 };
 
 constexpr double kEpsFloor = 1e-19;  // as in reference.py
@@ -37,7 +38,8 @@ constexpr double kEpsFloor = 1e-19;  // as in reference.py
 __global__ void prepare(Steps steps, Schedule s, Scalars* scalars, int count) {
   const int i = threadIdx.x;
   if (i >= count) return;
-  const float step = *steps.step[i] + s.advance;
+  const bool skip = s.finite && !s.finite[i];
+  const float step = *steps.step[i] + (s.advance && !skip);
   if (s.advance) *steps.step[i] = step;
   const double correction1 = 1 - pow(s.beta1, static_cast<double>(step));
   const double correction2 = std::sqrt(1 - pow(s.beta2, static_cast<double>(step)));
@@ -49,7 +51,7 @@ __global__ void prepare(Steps steps, Schedule s, Scalars* scalars, int count) {
   }
   scalars[i] = {static_cast<float>(correction1 / correction2),
                 static_cast<float>(eps * correction1 / (s.eps_inside ? correction2 : 1)),
-                static_cast<float>(1 - rate * s.weight_decay), static_cast<uint32_t>(step), -rate * s.scale, 0};
+                static_cast<float>(1 - rate * s.weight_decay), static_cast<uint32_t>(step), skip, -rate * s.scale, 0};
 }
 
 struct Sources {
@@ -92,6 +94,7 @@ struct Dense {
 
 __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moments moments, Scalars* all, int64_t size) {
   Scalars& scalars = all[blockIdx.y];
+  if (scalars.skip) return;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun;
   const int count = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kRun), size - first)));
   int kept = 0;
@@ -158,6 +161,7 @@ SSO_DEVICE void write_columns(const Accumulators& c, int slices, T* stages, T* w
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
     project(Group group, Moments moments, bool adam, bool wide, Scalars* all, Shape s) {
+  if (adam && all[blockIdx.y].skip) return;
   T* stages = shared_memory<T>();
   const int tiles = ceil_div(s.rank, kColumns), y = blockIdx.y;
   const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
@@ -190,6 +194,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
     apply(Group group, bool sign, bool stochastic, int64_t counted, const Scalars* all, Shape s) {
+  if (all[blockIdx.y].skip) return;
   T* stages = shared_memory<T>();
   const int tiles = ceil_div(s.depth, kColumns), y = blockIdx.y;
   const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
@@ -210,6 +215,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
     fused(Group group, Moments moments, bool stochastic, const Scalars* all, Shape s) {
+  if (all[blockIdx.y].skip) return;
   T *stages = shared_memory<T>(), *updates = stages + kStages * kStage<T>;
   const int line = blockIdx.x * kLines, y = blockIdx.y, slices = ceil_div(s.rank, kSlice);
   const int pitch = kept_pitch<T, left>(s.rank);

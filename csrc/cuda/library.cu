@@ -67,10 +67,11 @@ SSO_API sso_usable() { return usable(prepare); }
 SSO_API sso_scalars_bytes() { return sizeof(Scalars); }
 
 // Scalars of `count` tensors from their step counts, which advance first if asked to. lr is on the device; where it is
-// null, `rates` on the host are it.
+// null, `rates` on the host are it. Tensors that `finite`, on the device, says no of are left alone by all kernels that
+// are given these scalars; null: none.
 SSO_API sso_prepare(int64_t count, const uint64_t* steps, const double* rates, const void* lr, int lr_double,
-                    int lr_stride, int advance, double beta1, double beta2, double eps, int eps_inside,
-                    double weight_decay, double scale, void* scalars, void* stream) {
+                    int lr_stride, const bool* finite, int advance, double beta1, double beta2, double eps,
+                    int eps_inside, double weight_decay, double scale, void* scalars, void* stream) {
   return over_groups(count, [&](int members, int64_t first) {
     Steps group{};
     for (int i = 0; i < members; ++i) {
@@ -79,7 +80,8 @@ SSO_API sso_prepare(int64_t count, const uint64_t* steps, const double* rates, c
     }
     const int64_t offset = first * lr_stride * static_cast<int64_t>(lr_double ? sizeof(double) : sizeof(float));
     const Schedule schedule{advance != 0, beta1, beta2, eps, eps_inside != 0, weight_decay, scale,
-                            lr ? static_cast<const char*>(lr) + offset : nullptr, lr_double != 0, lr_stride};
+                            lr ? static_cast<const char*>(lr) + offset : nullptr, lr_double != 0, lr_stride,
+                            finite ? finite + first : nullptr};
     return launch(prepare, dim3(1), kGroup, 0, stream, group, schedule, static_cast<Scalars*>(scalars) + first, members);
   });
 }

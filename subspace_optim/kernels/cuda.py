@@ -52,7 +52,7 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "usable": "",
     "scalars_bytes": "",
     "shared_bytes": "ii",
-    "prepare": "lpppiiidddiddpp",
+    "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
     "dense": "lpliiiiiiddiliipp",
     "rescale": "lplpp",
@@ -167,6 +167,7 @@ def _prepared(
     betas: tuple[float, float] | None = None,
     eps: float = 0.0,
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> Tensor:
     """Scalars (csrc/cuda/elements.cuh) of each tensor; with betas, the steps advance."""
     count, device = len(steps), steps[0].device
@@ -180,9 +181,12 @@ def _prepared(
         where = (rate.data_ptr(), rate.dtype == torch.float64, rate.ndim)
     else:
         rates = (c_double * count)(*([0.0] * count if rate is None else rate.double().expand(count).tolist()))
+    flags = None if finite is None else finite.contiguous()
     beta1, beta2 = betas or (0.0, 0.0)
-    numbers = (beta1, beta2, eps, eps_inside, weight_decay, scale)
-    _launch("prepare", device, count, addresses, rates, *where, betas is not None, *numbers, scalars.data_ptr())
+    _launch(
+        *("prepare", device, count, addresses, rates, *where, None if flags is None else flags.data_ptr()),
+        *(betas is not None, beta1, beta2, eps, eps_inside, weight_decay, scale, scalars.data_ptr()),
+    )
     return scalars
 
 
@@ -317,13 +321,16 @@ def adam_update_(
     eps: float,
     transform: str = "none",
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
     if not _fits(lows, exp_avgs, exp_avg_sqs, steps) or not _are_float32(exp_avgs, exp_avg_sqs, steps):
-        return reference.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside)
+        return reference.adam_update_(
+            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
+        )
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     adam = _Adam(exp_avgs, exp_avg_sqs, beta1, beta2, transform)
-    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside)
+    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
     where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
     kind = TYPES.index(lows[0].dtype)
     _launch("dense", *where, size, kind, 0, True, True, True, False, *adam.numbers, 0, False, False, scalars.data_ptr())
@@ -347,13 +354,14 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     if not _fits(params, updates, steps, bases=bases) or not _are_float32(steps):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign)
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
-    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale), sign)
+    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale, finite=finite), sign)
 
 
 def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
@@ -379,17 +387,18 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases)
     if not fits or not _are_float32(exp_avgs, exp_avg_sqs, steps):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
         )
         return
     torch.autograd.graph.increment_version(params)
-    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps)
+    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps, finite=finite)
     per_tensor = len(scalars) // len(params)
     for at in _parts(params, exp_avgs, bases):
         adam = _Adam(exp_avgs[at], exp_avg_sqs[at], beta1, beta2, transform)

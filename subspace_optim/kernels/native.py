@@ -64,8 +64,13 @@ def adam_update_(
     eps: float,
     transform: str = "none",
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
     """R, M and V are read once, M, V and N written once."""
+    if finite is not None:
+        return reference.adam_update_(
+            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
+        )
     updates = [torch.empty_like(m) for m in exp_avgs]
     _ops.adam_update_(
         *(updates, lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside)
@@ -84,8 +89,12 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """Every W is read and written once."""
+    if finite is not None:
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+        return
     _ops.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign)
     _written(params)
 
@@ -106,8 +115,15 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """One matrix at a time, so that R lives in the cache."""
+    if finite is not None:
+        reference.projected_adam_(
+            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
+        )
+        return
     _ops.projected_adam_(
         *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
         *(ops.SIDES.index(side), TRANSFORMS.index(transform)),

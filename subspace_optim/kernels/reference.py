@@ -8,13 +8,17 @@
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
     encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
 
-Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both".
+Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
+where it is given, holds a bool for every tensor: one that it says no of stays as it is, with its moments and its step
+count. So a kernel can skip what the host need not wait to know of.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import compress, cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +79,19 @@ def adam_update_(
     eps: float,
     transform: str = "none",
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
-    """Advance the moments by R and return the update N.
+    """Advance the moments by R and return the update N, which means nothing where `finite` says no.
 
     `eps_inside` adds ε to √V before the bias correction (the transformers-AdamW form of the papers' official code)
     instead of after it (torch).
     """
+    if finite is not None:
+        updates = [torch.zeros_like(m) for m in exp_avgs]
+        r, m, v, k, out = _taken(finite, lows, exp_avgs, exp_avg_sqs, steps, updates)
+        if out:
+            torch._foreach_copy_(out, adam_update_(r, m, v, k, beta1, beta2, eps, transform, eps_inside))
+        return updates
     torch._foreach_add_(steps, 1)
     torch._foreach_lerp_(exp_avgs, lows, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
@@ -114,6 +125,7 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
 
@@ -128,7 +140,11 @@ def apply_(
         scale: α.
         side: of the plan.
         sign: take the sign after the back-projection (Lion).
+        finite: see above.
     """
+    if finite is not None:
+        params, updates, bases, steps, seeds = _taken(finite, params, updates, bases, steps, seeds)
+        lr = lr[finite.to(lr.device)] if lr.ndim else lr
     rates = lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
     for i, (param, update, rate) in enumerate(zip(params, updates, rates, strict=True)):
@@ -182,11 +198,18 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """The whole step of projected Adam: project, update, apply. With no bases this is AdamW."""
     lows = project(grads, bases, side, exp_avgs[0].dtype)
-    updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform)
-    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side)
+    updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
+    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+
+
+def _taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
+    """What the columns (empty, one or two a tensor) hold of the tensors that are stepped; the device is waited for."""
+    taken = finite.tolist()
+    return [list(compress(column, cycle(taken))) for column in columns]
 
 
 def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, seed: int | None, step: Tensor) -> None:

@@ -229,10 +229,21 @@ def _round(value, noise):
 
 
 @triton.jit
-def _advance(table, corrections, count, log_beta1, log_beta2, BLOCK: tl.constexpr):
+def _left_alone(finite):
+    """Whether this program's tensor stays as it is; `finite` is None where none does."""
+    if finite is None:
+        return False
+    else:
+        return tl.load(finite + tl.program_id(1)) == 0
+
+
+@triton.jit
+def _advance(table, finite, corrections, count, log_beta1, log_beta2, BLOCK: tl.constexpr):
     """Steps advance; corrections (2, count): 1 - β₁ᵏ and √(1 - β₂ᵏ), in float64 because the difference cancels."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = b < count
+    if finite is not None:
+        here &= tl.load(finite + b, mask=here, other=0) != 0
     step = tl.load(table + 5 * count + b, mask=here, other=0).to(tl.pointer_type(tl.float32))
     k = tl.load(step, mask=here, other=0.0) + 1
     tl.store(step, k, mask=here)
@@ -244,6 +255,7 @@ def _advance(table, corrections, count, log_beta1, log_beta2, BLOCK: tl.constexp
 @triton.jit
 def _elementwise(
     table,
+    finite,
     corrections,
     lr,
     size,
@@ -266,6 +278,8 @@ def _elementwise(
     BLOCK: tl.constexpr,
 ):
     """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N."""
+    if _left_alone(finite):
+        return
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < size
@@ -412,6 +426,7 @@ def _sign(x):
 @triton.jit
 def _fused(
     table,
+    finite,
     corrections,
     lr,
     m,
@@ -437,6 +452,8 @@ def _fused(
     SLICE: tl.constexpr,
     RANK: tl.constexpr,
 ):
+    if _left_alone(finite):
+        return
     w = _at(table, 0, W, ALIGN)
     g = _at(table, 1, G, ALIGN)
     q = _at(table, 4, Q, ALIGN)
@@ -468,6 +485,7 @@ def _fused(
 @triton.jit
 def _project(
     table,
+    finite,
     corrections,
     m,
     n,
@@ -490,6 +508,8 @@ def _project(
     SLICE: tl.constexpr,
 ):
     """R of every tensor to the output, or where ADAM its N."""
+    if _left_alone(finite):
+        return
     tiles = tl.cdiv(rank, COLUMNS)
     o = tl.program_id(0) // tiles * ROWS
     r = tl.program_id(0) % tiles * COLUMNS
@@ -518,6 +538,7 @@ def _project(
 @triton.jit
 def _apply(
     table,
+    finite,
     lr,
     m,
     n,
@@ -538,6 +559,8 @@ def _apply(
     DEPTH: tl.constexpr,
     SLICE: tl.constexpr,
 ):
+    if _left_alone(finite):
+        return
     tiles = tl.cdiv(n, COLUMNS)
     i = tl.program_id(0) // tiles * ROWS
     j = tl.program_id(0) % tiles * COLUMNS
@@ -614,10 +637,19 @@ def _fill_table(values: tuple[int, ...], device: torch.device) -> _Table:
     return _Table(table, 16 if all(address % 16 == 0 for address in addresses) else 1)
 
 
-def _launch(kernel, grid: tuple[int, ...], table: _Table, *args, blocks: Blocks | None = None, **constants) -> None:
+def _launch(
+    kernel,
+    grid: tuple[int, ...],
+    table: _Table,
+    finite: Tensor | None,
+    *args,
+    blocks: Blocks | None = None,
+    **constants,
+) -> None:
     options = {} if blocks is None else {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    flags = None if finite is None else finite.contiguous()
     with torch.cuda.device_of(table.on_device):
-        kernel[grid](table.on_device, *args, **constants, **options)
+        kernel[grid](table.on_device, flags, *args, **constants, **options)
 
 
 def _fits(*columns: Sequence[Tensor], bases: Sequence[Tensor] = ()) -> bool:
@@ -647,11 +679,11 @@ def _operands(bases: list[Tensor], dot: str) -> list[Tensor]:
     return rounded
 
 
-def _advanced(table: _Table, count: int, beta1: float, beta2: float) -> Tensor:
+def _advanced(table: _Table, count: int, beta1: float, beta2: float, finite: Tensor | None) -> Tensor:
     """Bias corrections (2, count) of the steps in the table, which advance by one."""
     corrections = torch.empty((2, count), dtype=torch.float32, device=table.on_device.device)
     logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
-    _launch(_advance, (triton.cdiv(count, 128),), table, corrections, count, *logs, BLOCK=128)
+    _launch(_advance, (triton.cdiv(count, 128),), table, finite, corrections, count, *logs, BLOCK=128)
     return corrections
 
 
@@ -683,6 +715,7 @@ def _project_all(
     betas: tuple[float, float] = (0.0, 0.0),
     eps: float = 0.0,
     grams: bool = False,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
     """R in `dtype`; with moments (exp_avgs, exp_avg_sqs, steps), N, and they advance."""
     (m, n), rank = grads[0].shape, bases[0].shape[-1]
@@ -691,13 +724,13 @@ def _project_all(
     low = (rank, n) if side == "left" else (m, rank)
     out = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
     table = _table(out, grads, *(moments[:2] if moments else ((), ())), bases, moments[2] if moments else ())
-    corrections = _advanced(table, len(out), *betas) if moments else None
+    corrections = _advanced(table, len(out), *betas, finite) if moments else None
     shape = blocks("project", dot, _capability(grads[0].device))
     _launch(
         _project,
         (triton.cdiv(other, shape.rows) * triton.cdiv(rank, shape.columns), len(out)),
         table,
-        *(corrections, m, n, rank, *_moment_scalars(*betas, eps)),
+        *(finite, corrections, m, n, rank, *_moment_scalars(*betas, eps)),
         OUT=_TYPES[dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
@@ -725,15 +758,18 @@ def adam_update_(
     eps: float,
     transform: str = "none",
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
     if transform == "cautious" or not _fits(lows, exp_avgs, exp_avg_sqs, steps):
-        return reference.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside)
+        return reference.adam_update_(
+            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
+        )
     out = torch.empty((len(lows), *lows[0].shape), dtype=exp_avgs[0].dtype, device=lows[0].device).unbind()
     table = _table(out, lows, exp_avgs, exp_avg_sqs, (), steps)
-    corrections = _advanced(table, len(out), beta1, beta2)
+    corrections = _advanced(table, len(out), beta1, beta2, finite)
     _step_elements(
-        *(table, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
+        *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
         ADAM=True,
         GRAMS=transform == "grams",
         EPS_INSIDE=eps_inside,
@@ -743,6 +779,7 @@ def adam_update_(
 
 def _step_elements(
     table: _Table,
+    finite: Tensor | None,
     out: Sequence[Tensor],
     source: Sequence[Tensor],
     corrections: Tensor | None,
@@ -759,7 +796,7 @@ def _step_elements(
         _elementwise,
         (triton.cdiv(size, _BLOCK), len(out)),
         table,
-        *(corrections, lr, size, *moments, weight_decay, scale),
+        *(finite, corrections, lr, size, *moments, weight_decay, scale),
         OUT=_TYPES[out[0].dtype],
         IN=_TYPES[source[0].dtype],
         ALIGN=table.align,
@@ -780,10 +817,11 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     if side == "both" or not _fits(params, updates, steps, bases=bases):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign)
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
         return
     dot = DOT[params[0].dtype]
     bases = _operands(bases, dot)
@@ -793,7 +831,7 @@ def apply_(
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
     if side is None:
         _step_elements(
-            *(table, params, updates, None, rate, mode, _moment_scalars(0, 0, 0), weight_decay, scale),
+            *(table, finite, params, updates, None, rate, mode, _moment_scalars(0, 0, 0), weight_decay, scale),
             APPLY=True,
             SIGN=sign,
             NOISE=noise > 0,
@@ -805,7 +843,7 @@ def apply_(
         _apply,
         (triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns), len(params)),
         table,
-        *(rate, m, n, rank, weight_decay, scale),
+        *(finite, rate, m, n, rank, weight_decay, scale),
         W=_TYPES[params[0].dtype],
         IN=_TYPES[updates[0].dtype],
         Q=_TYPES[bases[0].dtype],
@@ -846,22 +884,23 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     if side == "both" or transform == "cautious" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
         )
         return
     grams = transform == "grams"
     if side is None:
         table = _table(params, grads, exp_avgs, exp_avg_sqs, (), steps, seeds)
-        corrections = _advanced(table, len(params), beta1, beta2)
+        corrections = _advanced(table, len(params), beta1, beta2, finite)
         rate, mode = _learning_rate(lr)
         torch.autograd.graph.increment_version(params)
         _step_elements(
-            *(table, params, grads, corrections, rate, mode),
+            *(table, finite, params, grads, corrections, rate, mode),
             *(_moment_scalars(beta1, beta2, eps), weight_decay, scale),
             ADAM=True,
             APPLY=True,
@@ -875,18 +914,18 @@ def projected_adam_(
     workspace = (0 if fused else exp_avgs[0].numel()) + (bases[0].numel() if dot in _DOT_TYPES else 0)
     part = max(1, _WORKSPACE // max(1, workspace * low_type.itemsize))
     for at in (slice(start, start + part) for start in range(0, len(params), part)):
-        rounded = _operands(bases[at], dot)
+        rounded, own = _operands(bases[at], dot), None if finite is None else finite[at]
         if fused:
             _fused_adam_(
                 *(params[at], grads[at], exp_avgs[at], exp_avg_sqs[at], rounded, steps[at], seeds[at], lr),
-                *((beta1, beta2), eps, weight_decay, scale, side, grams),
+                *((beta1, beta2), eps, weight_decay, scale, side, grams, own),
             )
             continue
         updates = _project_all(
             *(grads[at], rounded, side, low_type, dot),
-            *((exp_avgs[at], exp_avg_sqs[at], steps[at]), (beta1, beta2), eps, grams),
+            *((exp_avgs[at], exp_avg_sqs[at], steps[at]), (beta1, beta2), eps, grams, own),
         )
-        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side)
+        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side, finite=own)
 
 
 def _fused_adam_(
@@ -904,11 +943,12 @@ def _fused_adam_(
     scale: float,
     side: Side | None,
     grams: bool,
+    finite: Tensor | None,
 ) -> None:
     dot = DOT[grads[0].dtype]
     (m, n), rank = params[0].shape, bases[0].shape[-1]
     table = _table(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
-    corrections = _advanced(table, len(params), *betas)
+    corrections = _advanced(table, len(params), *betas, finite)
     rate, mode = _learning_rate(lr)
     shape = blocks("fused", dot, _capability(params[0].device))
     torch.autograd.graph.increment_version(params)
@@ -916,7 +956,7 @@ def _fused_adam_(
         _fused,
         (triton.cdiv(n if side == "left" else m, shape.rows), len(params)),
         table,
-        *(corrections, rate, m, n, rank, *_moment_scalars(*betas, eps), weight_decay, scale),
+        *(finite, corrections, rate, m, n, rank, *_moment_scalars(*betas, eps), weight_decay, scale),
         W=_TYPES[params[0].dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
