@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -147,12 +147,21 @@ class Sharding:
         wanted = set(axes or range(len(self.matrix))) - {None}
         return [i for i, axis in enumerate(self.axes) if axis in wanted and self.mesh.size(i) > 1]
 
-    def number(self, *axes: int | None) -> int:
-        """A number of this rank's part of a tensor that carries these axes (none: all); copies of it share it."""
+    def number(self) -> int:
+        """A number of this rank's part of the parameter; copies of it share it."""
         number = 0
-        for i in self.cuts(*axes):
+        for i in self.cuts():
             number = number * self.mesh.size(i) + self.mesh.get_coordinate()[i]
         return number
+
+    def runs(self, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, int], ...]:
+        """Which elements of the whole this rank's part of a tensor holds, as (begin, count) of consecutive ones.
+
+        Args:
+            shape: of the part.
+            axes: what its dimensions carry.
+        """
+        return _runs(self, shape, axes) if self.cuts(*axes) else ((0, math.prod(shape)),)
 
     # Reductions. Arguments may be overwritten.
 
@@ -204,7 +213,7 @@ class Sharding:
         from torch.distributed.tensor import DTensor
 
         if shape is None:
-            shape = [size if axis is None else self._size(axis) for size, axis in zip(tensor.shape, axes, strict=True)]
+            shape = self._whole(tensor.shape, axes)
         stride = torch.empty(tuple(shape), device="meta").stride()
         return DTensor.from_local(
             *(tensor, self.mesh, self._placements(axes)), run_check=False, shape=torch.Size(shape), stride=stride
@@ -261,8 +270,11 @@ class Sharding:
             raise LinAlgError("the factorisation failed")
         return result
 
-    def _size(self, axis: int) -> int:
-        return (self.stack or 0) if axis == STACK else self.matrix[axis]
+    def _whole(self, shape: Sequence[int], axes: Axes) -> list[int]:
+        def size(own: int, axis: int | None) -> int:
+            return own if axis is None else (self.stack or 0) if axis == STACK else self.matrix[axis]
+
+        return [size(own, axis) for own, axis in zip(shape, axes, strict=True)]
 
     def _placements(self, axes: Axes) -> tuple[Any, ...]:
         """Of a tensor whose dimensions carry these axes."""
@@ -275,6 +287,14 @@ class Sharding:
 
 
 WHOLE = Sharding()
+
+
+@lru_cache(maxsize=4096)
+def _runs(sharding: Sharding, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, int], ...]:
+    whole = sharding._whole(shape, axes)
+    numbers = sharding.own(torch.arange(math.prod(whole)).view(whole), axes).flatten().cpu()
+    ends = (numbers.diff() != 1).nonzero().flatten() + 1
+    return tuple((int(run[0]), len(run)) for run in numbers.tensor_split(ends) if len(run))
 
 
 def _along(placement: Any, dim: int) -> Any:

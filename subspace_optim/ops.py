@@ -109,7 +109,8 @@ _define(
 )
 
 _define(
-    "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step) -> ()",
+    "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step, "
+    "int begin) -> ()",
     reference.encode_,
     lambda *_: None,
 )

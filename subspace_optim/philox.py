@@ -68,15 +68,15 @@ def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
 
 
 def uniform(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:
-    """Numbers in (0, 1) for the elements from `begin`, a multiple of 8, on: the middles of 2¹⁶ equal parts."""
+    """Numbers in (0, 1) for the elements from `begin` on: the middles of 2¹⁶ equal parts."""
     return _halves(seed, step, begin, count, device).float().add_(0.5).mul_(2.0**-16)
 
 
 def _halves(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:
     """Half-words of the stream (seed, step), int64, low halves first; element i uses half-word i."""
-    first, blocks = begin // 8, (count + 7) // 8
-    words = philox(seed, torch.arange(first, first + blocks, device=device), step, 0, _ROUNDING).T.reshape(-1)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[:count]
+    first, last = begin // 8, (begin + count + 7) // 8
+    words = philox(seed, torch.arange(first, last, device=device), step, 0, _ROUNDING).T.reshape(-1)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[begin - 8 * first :][:count]
 
 
 def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:

@@ -96,10 +96,11 @@ class Codec:
         seed: int | None = None,
         step: Tensor | None = None,
         kernel: Any = reference,
+        begin: int = 0,
     ) -> None:
-        """Write the codes and scales of x: to nearest, or stochastically by the stream (seed, step)."""
+        """Write the codes and scales of x: to nearest, or stochastically by the stream (seed, step) from `begin` on."""
         table = _table(self.kind, self.bits, codes)
-        kernel.encode_(x, codes, scales, table, self.axis, seed, table[0] if step is None else step)
+        kernel.encode_(x, codes, scales, table, self.axis, seed, table[0] if step is None else step, begin)
 
 
 def nbytes(shape: Sequence[int], bits: int, axis: int = -1) -> int:
@@ -270,17 +271,35 @@ def keep_bases_(bucket: Bucket, kernel: Any) -> None:
 
 
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
+    """Rounded as the whole tensor would be: its shards take their places in one stream."""
     for codec, key, stream, state in _coded(bucket, keys):
-        seed = philox.mix(stream, crc32(key.encode()))
-        codec.encode_(state[key], state.kept[key], state.kept[f"{key}_scale"], seed, state["step"], kernel)
+        tensors, seed = (
+            (state[key], state.kept[key], state.kept[f"{key}_scale"]),
+            philox.mix(stream, crc32(key.encode())),
+        )
+        runs = _runs(bucket.plan, key, codec, state[key])
+        if len(runs) == 1:
+            codec.encode_(*tensors, seed, state["step"], kernel, runs[0][0] * codec.length)
+            continue
+        rows, at = [reference.rows(x, codec.axis) for x in tensors], 0
+        for begin, count in runs:
+            x, codes, scales = (tensor[at : at + count] for tensor in rows)
+            replace(codec, axis=-1).encode_(x, codes, scales, seed, state["step"], begin=begin * codec.length)
+            at += count
+
+
+def _runs(plan: Plan, key: str, codec: Codec, x: Tensor) -> tuple[tuple[int, int], ...]:
+    """Which rows of blocks of the whole tensor are here, as (begin, count) of consecutive ones."""
+    shape, axes = list(x.shape), list(plan.axes(key))
+    del shape[codec.axis], axes[codec.axis]
+    return plan.sharding.runs(tuple(shape), tuple(axes))
 
 
 def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:
     """Those of the keys that are coded, for every member that has them, with its stream."""
-    coded, plan = codecs(bucket.plan), bucket.plan
+    coded = codecs(bucket.plan)
     for key in keys:
-        part = plan.sharding.number(*plan.axes(key)) if key in coded else 0  # parts round differently, copies alike
         for state, stream in zip(bucket.states, bucket.streams, strict=True) if key in coded else ():
             if key in state:
                 assert isinstance(state, Opened)
-                yield coded[key], key, stream ^ part, state
+                yield coded[key], key, stream, state

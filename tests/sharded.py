@@ -173,6 +173,9 @@ def wrapped(world):
             model = fully_sharded(parallelize_module(mlp(), mesh["tensor"], PLAN), mesh["data"])
             kinds = {str(p) for param in model.parameters() for p in param.placements}
             ends["both", name] = fit(model, optimizer(name, model), range(4), mesh.get_local_rank("data"), 2)
+            model = fully_sharded(parallelize_module(mlp(), mesh["tensor"], PLAN), mesh["data"])
+            opt = optimizer(name, model, **CODED)
+            ends["quantised", name] = fit(model, opt, range(4), mesh.get_local_rank("data"), 2)
             ends["kinds"] = kinds
             continue
         model = fully_sharded(mlp())
@@ -305,14 +308,43 @@ def half_precision(mesh, layout):
     return everyone
 
 
-def quantised(mesh=None, layout=()):
-    ends = {}
-    for name in FIVE:
-        params = net(mesh, layout, torch.float32)
-        opt = build(name, params, state_bits=8, basis_bits=8)
-        train(params, opt, range(STEPS))
-        ends[name] = whole(params)
-    return ends
+CODED = {"state_bits": 8, "basis_bits": 8}
+QUANTISED = {2: ("rows", "columns"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
+TABLES = {"table": (9, 5), "odd": (10, 3, 7)}  # dense; the second is cut along its middle
+
+
+def quantised(name, mesh=None, layout=()):
+    params = net(mesh, layout)
+    train(params, build(name, params, **CODED), range(STEPS))
+    return whole(params)
+
+
+def quantised_tables(mesh=None):
+    """Under AdamW: the shards of the odd one are no consecutive rows of it."""
+    params = {
+        key: nn.Parameter(
+            noise(i, shape)
+            if mesh is None
+            else distribute_tensor(noise(i, shape), mesh, [Shard(len(shape) - 2)], src_data_rank=None)
+        )
+        for i, (key, shape) in enumerate(TABLES.items())
+    }
+    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, state_bits=8)
+    for step in range(STEPS):
+        for i, (key, param) in enumerate(params.items()):
+            grad = noise(10 * step + i, TABLES[key])
+            param.grad = grad if mesh is None else distribute_tensor(grad, mesh, param.placements, src_data_rank=None)
+        opt.step()
+    return whole(params)
+
+
+def all_quantised(meshes):
+    """By mesh and method."""
+    world = dist.get_world_size()
+    ends = {
+        (key, name): quantised(name, meshes[key], MESHES[world][key][1]) for key in QUANTISED[world] for name in FIVE
+    }
+    return ends | ({("rows", "tables"): quantised_tables(meshes["rows"])} if "rows" in meshes else {})
 
 
 def layouts_of_state(mesh):
@@ -382,7 +414,7 @@ def second_world(folder, meshes):
         "moved": moved(folder, "2", CHAIN["2"], rows, layout),
         "exchanged": exchanged(rows, layout),
         "traffic": traffic(meshes),
-        "quantised": quantised(rows, layout),
+        "quantised": all_quantised(meshes),
         "state": layouts_of_state(rows),
         "refusals": refusals(meshes),
         "zero": zero_redundancy(),
@@ -393,6 +425,7 @@ def third_world(folder, meshes):
     return {
         "equal": equivalences(3, meshes),
         "wrapped": wrapped(3),
+        "quantised": all_quantised(meshes),
         "moved": moved(folder, "3", CHAIN["3"], meshes["columns"], (1,)),
     }
 
@@ -401,6 +434,7 @@ def fourth_world(folder, meshes):
     return {
         "equal": equivalences(4, meshes),
         "wrapped": wrapped(4),
+        "quantised": all_quantised(meshes),
         "half": half_precision(meshes["hybrid"], (None, 0)),
         "moved": moved(folder, "4", CHAIN["4"], meshes["both"], (0, 1)),
     }

@@ -19,13 +19,14 @@ from subspace_optim.types import BLOCK, make_plan
 
 CPU = torch.device("cpu")
 KINDS, BITS = ("signed", "unsigned", "linear"), (8, 4)
+KERNELS = [reference, *([] if native.supports(None) else [native])]
 by_code = pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind in KINDS for bits in BITS], ids=str)
 
 
-def coded(codec, x, seed=None, step=1, kernel=reference):
+def coded(codec, x, seed=None, step=1, kernel=reference, begin=0):
     """Codes and scales of x."""
     codes, scales = (torch.full(s, 255, dtype=d) for s, d in zip(codec.shapes(x.shape), (torch.uint8, torch.float32)))
-    codec.encode_(x, codes, scales, seed, torch.as_tensor(float(step)), kernel)
+    codec.encode_(x, codes, scales, seed, torch.as_tensor(float(step)), kernel, begin)
     return codes, scales
 
 
@@ -145,7 +146,7 @@ def test_ops_are_what_they_say():
     codec, x = Codec("signed", 4, -1, 7), noise(0, (3, 7)).float()
     codes, scales = coded(codec, x, seed=1)
     table = torch.tensor(values("signed", 4))
-    torch.library.opcheck(torch.ops.subspace_optim.encode_, (x, codes, scales, table, -1, 1, torch.tensor(1.0)))
+    torch.library.opcheck(torch.ops.subspace_optim.encode_, (x, codes, scales, table, -1, 1, torch.tensor(1.0), 0))
     torch.library.opcheck(torch.ops.subspace_optim.decode, (codes, scales, table, -1, 7, torch.float32))
 
 
@@ -161,6 +162,21 @@ def test_rows_of_a_parameter_may_lie_on_different_machines(bits):
     assert all(torch.equal(a, b.mT) for a, b in zip(whole, turned))
     for a, b in zip(coded(right, x, seed=1), coded(left, x.mT.contiguous(), seed=1)):
         assert torch.equal(a, b.mT)
+
+
+@by_code
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(("axis", "length"), [(-1, 300), (-1, 7), (-2, 7), (-2, 1025)])
+def test_a_part_is_rounded_as_in_the_whole(kind, bits, kernel, axis, length):
+    """`begin` is the place of its first element in the stream, which is no multiple of 8 here."""
+    x, codec = noise(0, (24, length)).float(), Codec(kind, bits, axis, length)
+    whole, parts, at = coded(codec, x if axis == -1 else x.mT.contiguous(), seed=9, kernel=kernel), [], 0
+    for rows in x.split([5, 1, 18]):
+        own = rows if axis == -1 else rows.mT.contiguous()
+        parts.append(coded(codec, own, seed=9, kernel=kernel, begin=at))
+        at += rows.numel()
+    for a, b in zip(whole, zip(*parts)):
+        assert torch.equal(a, torch.cat(b, 0 if axis == -1 else 1))
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------

@@ -72,9 +72,10 @@ struct Coded {
 
 struct Table {
   const char* isa;
-  // Rows [begin, end) of x into codes, to nearest, or stochastically by the stream (seed, step).
-  void (*encode)(const Coded&, const float* x, bool stochastic, uint64_t seed, uint32_t step, int64_t begin,
-                 int64_t end);
+  // Rows [begin, end) of x into codes, to nearest, or stochastically by the stream (seed, step), of which the first
+  // element of x uses half-word `origin`.
+  void (*encode)(const Coded&, const float* x, bool stochastic, uint64_t seed, uint32_t step, int64_t origin,
+                 int64_t begin, int64_t end);
   void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);
   Kernels<float> float32;
   Kernels<double> float64;

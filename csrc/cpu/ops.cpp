@@ -642,7 +642,7 @@ void over_rows(const Coded& c, const F& f) {
 }
 
 void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis, std::optional<int64_t> seed,
-               Tensor step) {
+               Tensor step, int64_t origin) {
   const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
   const Coded c = coded(codes, scales, table, axis, x.size(x.dim() + axis));
   STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
@@ -650,7 +650,7 @@ void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis
   const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
   const auto loop = kernels().encode;
   over_rows(c, [&](int64_t begin, int64_t end) {
-    loop(c, data, seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), count, begin, end);
+    loop(c, data, seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), count, origin, begin, end);
   });
 }
 

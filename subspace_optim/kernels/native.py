@@ -186,9 +186,18 @@ def compressed_adafactor_(
     _written(params)
 
 
-def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, seed: int | None, step: Tensor) -> None:
+def encode_(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    axis: int,
+    seed: int | None,
+    step: Tensor,
+    begin: int = 0,
+) -> None:
     """The bits of the reference, in one pass."""
-    _ops.encode_(x, codes, scales, table, axis, seed, step)
+    _ops.encode_(x, codes, scales, table, axis, seed, step, begin)
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:

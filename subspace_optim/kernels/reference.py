@@ -212,7 +212,16 @@ def _taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
     return [list(compress(column, cycle(taken))) for column in columns]
 
 
-def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, seed: int | None, step: Tensor) -> None:
+def encode_(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    axis: int,
+    seed: int | None,
+    step: Tensor,
+    begin: int = 0,
+) -> None:
     """Write the codes and scales of x, rounded up or down with the odds that make the expectation exact.
 
     Args:
@@ -221,13 +230,14 @@ def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, 
         scales: float32, one for every block.
         table: ascending values in [-1, 1].
         axis: that blocks run along: -1, or -2 of a matrix.
-        seed: element i of x, the blocks' dimension last, uses half-word i of the stream (seed, step); None rounds to
-            nearest.
+        seed: element i of x, the blocks' dimension last, uses half-word begin + i of the stream (seed, step); None
+            rounds to nearest.
         step: 0-d.
+        begin: where x begins in a tensor of which it is a part.
     """
     length, gaps = x.shape[axis], table.diff()
     for at in _chunks(x, axis):
-        wide = _rows(x, axis)[at].float().contiguous()
+        wide = rows(x, axis)[at].float().contiguous()
         spare = -length % BLOCK if length > BLOCK else 0
         blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
         scale = blocks.abs().amax(-1)
@@ -237,13 +247,13 @@ def encode_(x: Tensor, codes: Tensor, scales: Tensor, table: Tensor, axis: int, 
         low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
         odds: float | Tensor = 0.5
         if seed is not None:
-            odds = uniform(seed, step, at.start * length, unit.numel(), x.device).view_as(unit)
+            odds = uniform(seed, step, begin + at.start * length, unit.numel(), x.device).view_as(unit)
         code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
         if len(table) <= 16:
             pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
             code = pairs[..., 0] | pairs[..., 1] << 4
-        _rows(codes, axis)[at] = code
-        _rows(scales, axis)[at] = scale
+        rows(codes, axis)[at] = code
+        rows(scales, axis)[at] = scale
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -252,16 +262,16 @@ def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int,
     shape[axis] = length
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     for at in _chunks(out, axis):
-        code, scale = _rows(codes, axis)[at], _rows(scales, axis)[at]
+        code, scale = rows(codes, axis)[at], rows(scales, axis)[at]
         if len(table) <= 16:
             code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
-        _rows(out, axis)[at] = table[code.int()].mul_(scale)
+        rows(out, axis)[at] = table[code.int()].mul_(scale)
     return out
 
 
-def _rows(x: Tensor, axis: int) -> Tensor:
+def rows(x: Tensor, axis: int) -> Tensor:
     """The view (k, length) in whose rows blocks lie, of a tensor, its codes or its scales."""
     return x.mT if axis == -2 else x.view(-1, x.shape[-1])
 
