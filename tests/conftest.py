@@ -1,5 +1,6 @@
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -11,3 +12,18 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("ci"), derandomize=False, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `-n`, a file is one worker's, so that what its tests share is made once; in the order of the collection."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: one that is left for the end keeps a single worker busy."""
+    long = {item.path for item in items for mark in ("distributed", "slow") if item.get_closest_marker(mark)}
+    items.sort(key=lambda item: item.path not in long)

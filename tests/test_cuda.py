@@ -419,6 +419,7 @@ def test_errors_of_the_library_are_raised():
 
 
 @pytest.mark.skipif(SANITIZED, reason="this is the run under the sanitizers")
+@pytest.mark.slow
 def test_under_sanitizers():
     """Every read and write of global and shared memory, by AddressSanitizer; arithmetic and alignment, by UBSan."""
     found = [

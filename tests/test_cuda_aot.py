@@ -45,6 +45,7 @@ def built(tmp_path_factory):
     return out / "subspace_optim/_cuda.so", COMPILED.findall(done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 def test_kernels_fit(built):
     path, kernels = built
     assert sorted(architecture for _, architecture, *_ in kernels) == sorted([*SHARED] * KERNELS)

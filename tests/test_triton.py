@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not interpreted here")
 
 
+@pytest.mark.slow
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     # numpy warns where a kernel computes what it then masks, which on a GPU is silent

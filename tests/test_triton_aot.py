@@ -76,6 +76,7 @@ def variants(capability):
                     yield f"{name} {dot} left odd", kernel, types | tile | {"LEFT": True, "NOISE": 1, "aligned": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_kernels_fit(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
