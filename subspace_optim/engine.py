@@ -33,6 +33,10 @@ from .types import Bases, Bucket, Hyper, Plan, State
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
 
+# In a compiled training step this runs as it is, as bookkeeping of torch's own optimizers does: what it decides changes
+# from step to step, and its kernels are compiled already.
+_in_eager = torch._disable_dynamo  # type: ignore[attr-defined]
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -182,6 +186,7 @@ class SubspaceOptimizer(StatefulOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_in_eager
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient.
@@ -310,6 +315,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         else:
             self.lows[param] = list(lows)
 
+    @_in_eager
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients down until their joint norm is at most `max_norm`; returns the norm they had.

@@ -586,3 +586,31 @@ def test_projected_settings_are_read_per_group():
         for one in apart:
             one.step()
     assert all(torch.equal(a, b) for a, b in zip(together, alone))
+
+
+@pytest.mark.parametrize("cls", [so.GaLore, so.GradNormLoRP])
+def test_a_compiled_training_step_is_the_eager_one(cls):
+    """torch.compile over backward, clipping and step, across refreshes; and over opt.step alone."""
+    ends = []
+    for compiled in (False, True):
+        model = torch.nn.Sequential(torch.nn.Linear(7, 12), torch.nn.Tanh(), torch.nn.Linear(12, 5))
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.copy_(noise(i, p.shape).float() / 4)
+        opt = cls(model.parameters(), rank=RANK, update_proj_gap=2, lr=1e-2)
+
+        def whole(x, model=model, opt=opt):
+            model(x).square().mean().backward()
+            opt.clip_grad_norm_(0.1)
+            opt.step()
+            opt.zero_grad()
+
+        run, step = whole, opt.step
+        if compiled:
+            run, step = (torch.compile(f, backend="aot_eager") for f in (whole, opt.step))
+        for i in range(3):
+            run(noise(i, (4, 7)).float())
+        model(noise(9, (4, 7)).float()).square().mean().backward()
+        step()
+        ends.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends))
