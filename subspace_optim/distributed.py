@@ -362,8 +362,7 @@ class Sharded:
             self._kernel.transform_(updates, lows, transform)
             return
         masks = [(n * r > 0).to(n.dtype) for n, r in zip(updates, lows, strict=True)]
-        for update, mask, share in zip(updates, masks, self._sharding.means(masks), strict=True):
-            update.mul_(mask.div_(share.clamp_(min=1e-3)))
+        self._kernel.transform_(updates, lows, transform, self._sharding.means(masks))
 
     def adam_update_(
         self,
@@ -414,3 +413,36 @@ class Sharded:
         lows = self.project(grads, bases, side, exp_avgs[0].dtype)
         updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
         self.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+
+    def coded_adam_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        codes: list[Tensor],
+        scales: list[Tensor],
+        tables: list[Tensor],
+        streams: Sequence[int],
+        axis: int,
+        begin: int,
+        steps: list[Tensor],
+        seeds: Sequence[int],
+        lr: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        scale: float,
+        transform: str,
+        eps_inside: bool = False,
+    ) -> None:
+        """As the reference; "cautious" takes N of the whole shard, as the share that it keeps is found in between."""
+        coded, adam = (codes, scales, tables, streams, axis, begin, steps), (beta1, beta2, eps)
+        if transform != "cautious":
+            self._kernel.coded_adam_(
+                params, grads, *coded, seeds, lr, *adam, weight_decay, scale, transform, eps_inside
+            )
+            return
+        updates = [torch.zeros_like(grad, dtype=step.dtype) for grad, step in zip(grads, steps, strict=True)]
+        self._kernel.coded_adam_(updates, grads, *coded, [], torch.tensor(-1.0), *adam, 0.0, 1.0, "none", eps_inside)
+        self.transform_(updates, grads, transform)
+        self.apply_(params, updates, [], steps, seeds, lr, weight_decay, scale, None)

@@ -273,8 +273,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         bucket = Bucket(plan, group["rounding"] == "stochastic", entry.matrices, grads, entry.members)
         bucket.orders = [position + j for j in range(len(bucket))]
         bucket.streams = [self._stream(plan, position, j) for j in range(len(bucket))]
-        for part in storage.parts(bucket):
-            opened = storage.opened(part, kernel)
+        for part in storage.parts(bucket, self.rule.takes_codes):
+            opened = storage.opened(part, kernel, self.rule.takes_codes)
             self._refresh(group, opened, _hyper(group, plan), kernel)
             storage.close_(part, opened, kernel)
         entry.store()
@@ -463,8 +463,9 @@ class SubspaceOptimizer(StatefulOptimizer):
         plan = work.bucket.plan
         hyper = _hyper(work.group, plan)
         workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
-        for part in storage.parts(work.bucket, workspace):
-            bucket = storage.opened(part, work.kernel)
+        takes_codes = (self.rule if plan.side else self.dense_rule).takes_codes
+        for part in storage.parts(work.bucket, takes_codes, workspace):
+            bucket = storage.opened(part, work.kernel, takes_codes)
             self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket, work.kernel)
         for entry in work.entries:
@@ -503,6 +504,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         gap = group["update_proj_gap"]
         due = [i for i, state in enumerate(bucket.states) if not bucket.projected and projector.due(state, gap)]
         bucket.bases = projector.bases(plan, bucket.states)
+        if due or projector.learns:
+            storage.decode_moments_(bucket, kernel)
         if self.rule.looks_behind:
             stale = set(due)
             bucket.previous = [tuple(q.clone() for q in b) if i in stale else b for i, b in enumerate(bucket.bases)]

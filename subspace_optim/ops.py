@@ -116,6 +116,15 @@ _define(
 )
 
 
+_define(
+    "coded_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor[] tables, "
+    "int[] streams, int axis, int begin, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, "
+    "float eps, float weight_decay, float scale, int transform, bool eps_inside) -> ()",
+    _decoded(reference.coded_adam_, transform=TRANSFORMS),
+    lambda *_: None,
+)
+
+
 def _fake_decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
     shape = list(codes.shape)
     shape[axis] = length

@@ -79,18 +79,20 @@ def _halves(seed: int, step: int | Tensor, begin: int, count: int, device: torch
     return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[begin - 8 * first :][:count]
 
 
-def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int) -> None:
+def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int, begin: int = 0) -> None:
     """Write float32 `value` into bfloat16 `out`, up or down with the odds that make the expectation exact.
 
-    Element i uses half-word i of the stream (seed, step): 16 random bits are added below the 16 bits that are kept.
+    Element i uses half-word begin + i of the stream (seed, step): 16 random bits are added below the 16 bits that are
+    kept.
 
     Args:
         out: bfloat16, any strides.
         value: float32, the shape of `out`; overwritten.
         seed: of the tensor.
         step: of the tensor, so that every step rounds afresh.
+        begin: where `out` begins in the tensor.
     """
     value = value.contiguous()
     bits = value.view(torch.int32).view(-1)
-    bits.add_(_halves(seed, step, 0, value.numel(), value.device).to(torch.int32)).bitwise_and_(-65536)
+    bits.add_(_halves(seed, step, begin, value.numel(), value.device).to(torch.int32)).bitwise_and_(-65536)
     out.copy_(value)

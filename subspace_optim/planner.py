@@ -309,7 +309,9 @@ def _set_aside(optimizer: SubspaceOptimizer) -> list[Any]:
     for index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
             plan = optimizer.plan_of(index, param)
-            if not storage.is_plain(plan) and seen[index, plan] * storage.open_bytes(plan) >= storage.OPEN_BYTES:
+            rule = optimizer.rule if plan.side else optimizer.dense_rule
+            opens = 0 if storage.is_plain(plan) else storage.open_bytes(plan, rule.takes_codes)
+            if seen[index, plan] * opens >= storage.OPEN_BYTES:
                 aside += [param.grad, optimizer.lows.pop(param, None)]
                 param.grad = None
             seen[index, plan] += plan.stack or 1

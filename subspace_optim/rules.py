@@ -34,6 +34,7 @@ class Rule:
     looks_behind: ClassVar[bool] = False  # True: the rule moves its moments to the new basis by itself, within step_
     sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
     whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
+    takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to adam_update_ or projected_adam_ alone
 
     def init(self, plan: Plan) -> State:
         """Zero state for one tensor."""
@@ -90,6 +91,8 @@ class Adam(Rule):
     """
 
     eps_inside: bool = False
+
+    takes_codes: ClassVar[bool] = True
 
     def init(self, plan: Plan) -> State:
         """Both moments in the low-rank shape."""
@@ -331,6 +334,7 @@ class WeightNormAdam(Adam):
     """
 
     whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
+    takes_codes: ClassVar[bool] = False
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""

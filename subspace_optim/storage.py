@@ -10,6 +10,9 @@ A block is up to 256 elements along the rank, (m, r) by rows and (r, n) by colum
 dense tensor: no sharding of the rows of a parameter cuts one. Codes lie under the key of the tensor, in uint8 and at 4
 bits two to a byte along the blocks; scales lie in float32 under `<key>_scale`. Vectors stay as they are.
 
+Adam's moments are decoded, advanced and coded again in one pass of a kernel (`Coding`). What other rules and a change
+of basis need is opened, as many matrices at a time as fit in OPEN_BYTES.
+
 Sources: arXiv 2110.02861 (dynamic map, blocks), arXiv 2309.01507 (4 bits; no zero in the second moment).
 """
 
@@ -27,9 +30,10 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, State
+from .types import BITS, BLOCK, Bucket, Plan, Side, State
 
 Kind = Literal["signed", "unsigned", "linear"]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
 
 OPEN_BYTES = 2**26  # decoded at a time, unless a single matrix takes more
 WORK_BYTES = 2**20  # the same on a CPU where nothing is decoded: a call costs little there
@@ -188,6 +192,106 @@ def kept_shape(plan: Plan, key: str) -> tuple[bool, tuple[int, ...]]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A moment as it is kept, for the functions of `Coding`.
+
+    Attributes:
+        codec: of the codes.
+        codes: uint8.
+        scales: float32.
+        seed: of their rounding.
+        begin: where they begin in its stream.
+    """
+
+    codec: Codec
+    codes: Tensor
+    scales: Tensor
+    seed: int
+    begin: int
+
+    @property
+    def table(self) -> Tensor:
+        """The values of the codes."""
+        return _table(self.codec.kind, self.codec.bits, self.codes)
+
+
+class Coding:
+    """The kernels of a module: the same functions, of which Adam's take moments that are `Coded`, too."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+    def adam_update_(
+        self,
+        lows: list[Tensor],
+        exp_avgs: list[Any],
+        exp_avg_sqs: list[Any],
+        steps: list[Tensor],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        transform: str = "none",
+        eps_inside: bool = False,
+        finite: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As the reference; N is where a step of -1 takes a zero."""
+        adam = (beta1, beta2, eps)
+        if not isinstance(exp_avgs[0], Coded):
+            return self._kernel.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, eps_inside, finite)
+        updates = [torch.zeros_like(low, memory_format=torch.contiguous_format) for low in lows]
+        lists: tuple[list[Any], ...] = (updates, lows, exp_avgs, exp_avg_sqs, steps, [])
+        self._step_(finite, lists, torch.tensor(-1.0), *adam, 0.0, 1.0, transform, eps_inside)
+        return updates
+
+    def projected_adam_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Any],
+        exp_avg_sqs: list[Any],
+        bases: list[Tensor],
+        steps: list[Tensor],
+        seeds: Sequence[int],
+        lr: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        scale: float,
+        side: Side | None,
+        transform: str,
+        finite: Tensor | None = None,
+    ) -> None:
+        """As the reference; nothing of the size of a tensor that is not projected is decoded."""
+        adam, rest = (beta1, beta2, eps), (lr, beta1, beta2, eps, weight_decay, scale)
+        if not isinstance(exp_avgs[0], Coded):
+            own = (params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
+            self._kernel.projected_adam_(*own, *rest, side, transform, finite)
+        elif side is None:
+            self._step_(finite, (params, grads, exp_avgs, exp_avg_sqs, steps, seeds), *rest, transform, False)
+        else:
+            lows = self._kernel.project(grads, bases, side, steps[0].dtype)
+            updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, finite=finite)
+            self._kernel.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+
+    def _step_(self, finite: Tensor | None, lists: Sequence[Sequence[Any]], *rest: Any) -> None:
+        params, grads, exp_avgs, exp_avg_sqs, steps, seeds = (
+            lists if finite is None else reference.taken(finite, *lists)
+        )
+        if not params:
+            return
+        first, second, moments = exp_avgs[0], exp_avg_sqs[0], [*exp_avgs, *exp_avg_sqs]
+        self._kernel.coded_adam_(
+            *(params, grads, [moment.codes for moment in moments], [moment.scales for moment in moments]),
+            *([first.table, second.table], [moment.seed for moment in moments], first.codec.axis, first.begin),
+            *(steps, seeds, *rest),
+        )
+
+
 class Opened(dict[str, Any]):
     """A state as rules and projectors see it: what `kept` holds as codes is decoded, all else is shared."""
 
@@ -206,14 +310,16 @@ def with_bases(plan: Plan, state: State, kernel: Any) -> State:
     return state if is_plain(plan) else Opened(plan, state, plan.basis_keys, kernel)
 
 
-def parts(bucket: Bucket, workspace: int = 0) -> Iterator[Bucket]:
+def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0) -> Iterator[Bucket]:
     """The bucket in parts that may be opened and stepped one after another: as it is where none needs memory.
 
     Args:
         bucket: as it is kept.
+        takes_codes: of its rule.
         workspace: bytes that stepping one matrix takes beside what is opened.
     """
-    each = (0 if is_plain(bucket.plan) else open_bytes(bucket.plan.whole)) + workspace  # the same on every rank
+    opens = 0 if is_plain(bucket.plan) else open_bytes(bucket.plan.whole, takes_codes)  # the same on every rank
+    each = opens + workspace
     most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
     at_once = max(1, most // each) if each else len(bucket)
     if at_once >= len(bucket):
@@ -223,24 +329,49 @@ def parts(bucket: Bucket, workspace: int = 0) -> Iterator[Bucket]:
         yield bucket.part(list(range(begin, min(begin + at_once, len(bucket)))))
 
 
-def open_bytes(plan: Plan) -> int:
-    """What stepping one matrix decodes: its moments, its bases, and its parameter if that is compensated."""
+def open_bytes(plan: Plan, takes_codes: bool) -> int:
+    """What stepping one matrix decodes: its moments, its bases, and its parameter if that is compensated.
+
+    A rule that takes codes needs moments decoded when they change their basis, and has R and N of their size otherwise.
+    """
     coded = codecs(plan)
-    shapes = [plan.low_shape] * (2 * ("exp_avg" in coded))
+    shapes = [plan.low_shape] * (2 * ("exp_avg" in coded and (plan.side is not None or not takes_codes)))
     shapes += [shape for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True) if key in coded]
     shapes += [plan.matrix] * plan.compensated
     return plan.state_dtype.itemsize * sum(map(math.prod, shapes))
 
 
-def opened(bucket: Bucket, kernel: Any) -> Bucket:
-    """The bucket as rules see it: states decoded, compensated parameters in float32."""
+def opened(bucket: Bucket, kernel: Any, takes_codes: bool) -> Bucket:
+    """The bucket as rules see it: states decoded, compensated parameters in float32.
+
+    Args:
+        bucket: as it is kept.
+        kernel: that decodes.
+        takes_codes: leave moments as they are kept, for a rule that hands them to its kernel.
+    """
     plan = bucket.plan
     if is_plain(plan):
         return bucket
-    out = replace(bucket, states=[Opened(plan, state, codecs(plan), kernel) for state in bucket.states])
+    left = {key: codec for key, codec in codecs(plan).items() if takes_codes and key in MOMENTS}
+    begins = {key: _runs(plan, key, codec, plan.low_shape) for key, codec in left.items()}
+    if any(len(runs) != 1 for runs in begins.values()):  # shards that are no consecutive rows
+        left = {}
+    out = replace(bucket, states=[Opened(plan, state, codecs(plan).keys() - left, kernel) for state in bucket.states])
+    for state, stream in zip(out.states, bucket.streams, strict=True):
+        for key, codec in left.items():
+            begin = begins[key][0][0] * codec.length
+            state[key] = Coded(codec, state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
     if plan.compensated:
         out.params = [p.float().add_(c) for p, c in zip(bucket.params, bucket.slot("compensation"), strict=True)]
     return out
+
+
+def decode_moments_(bucket: Bucket, kernel: Any) -> None:
+    """Of an opened bucket, before they change their basis."""
+    for state in bucket.states:
+        for key, value in state.items():
+            if isinstance(value, Coded):
+                state[key] = value.codec.decode(value.codes, value.scales, bucket.plan.state_dtype, kernel)
 
 
 def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
@@ -250,7 +381,7 @@ def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
         return
     _keep_(stepped, kernel, [key for key in codecs(plan) if key not in plan.basis_keys])
     for kept, state in zip(bucket.states, stepped.states, strict=True):
-        kept.update({key: value for key, value in state.items() if not isinstance(value, Tensor)})
+        kept.update({key: value for key, value in state.items() if isinstance(value, int)})
     if plan.compensated:
         for param, wide, rest in zip(bucket.params, stepped.params, bucket.slot("compensation"), strict=True):
             param.copy_(wide)
@@ -273,11 +404,8 @@ def keep_bases_(bucket: Bucket, kernel: Any) -> None:
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     """Rounded as the whole tensor would be: its shards take their places in one stream."""
     for codec, key, stream, state in _coded(bucket, keys):
-        tensors, seed = (
-            (state[key], state.kept[key], state.kept[f"{key}_scale"]),
-            philox.mix(stream, crc32(key.encode())),
-        )
-        runs = _runs(bucket.plan, key, codec, state[key])
+        tensors, seed = (state[key], state.kept[key], state.kept[f"{key}_scale"]), _seed(stream, key)
+        runs = _runs(bucket.plan, key, codec, state[key].shape)
         if len(runs) == 1:
             codec.encode_(*tensors, seed, state["step"], kernel, runs[0][0] * codec.length)
             continue
@@ -288,18 +416,22 @@ def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
             at += count
 
 
-def _runs(plan: Plan, key: str, codec: Codec, x: Tensor) -> tuple[tuple[int, int], ...]:
+def _seed(stream: int, key: str) -> int:
+    return philox.mix(stream, crc32(key.encode()))
+
+
+def _runs(plan: Plan, key: str, codec: Codec, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Which rows of blocks of the whole tensor are here, as (begin, count) of consecutive ones."""
-    shape, axes = list(x.shape), list(plan.axes(key))
-    del shape[codec.axis], axes[codec.axis]
-    return plan.sharding.runs(tuple(shape), tuple(axes))
+    sizes, axes = list(shape), list(plan.axes(key))
+    del sizes[codec.axis], axes[codec.axis]
+    return plan.sharding.runs(tuple(sizes), tuple(axes))
 
 
 def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:
-    """Those of the keys that are coded, for every member that has them, with its stream."""
+    """Those of the keys that are coded, for every member that has them decoded, with its stream."""
     coded = codecs(bucket.plan)
     for key in keys:
         for state, stream in zip(bucket.states, bucket.streams, strict=True) if key in coded else ():
-            if key in state:
+            if isinstance(state.get(key), Tensor):
                 assert isinstance(state, Opened)
                 yield coded[key], key, stream, state

@@ -320,7 +320,7 @@ def quantised(name, mesh=None, layout=()):
 
 
 def quantised_tables(mesh=None):
-    """Under AdamW: the shards of the odd one are no consecutive rows of it."""
+    """Under cautious AdamW; the shards of the odd one are no consecutive rows of it."""
     params = {
         key: nn.Parameter(
             noise(i, shape)
@@ -329,7 +329,7 @@ def quantised_tables(mesh=None):
         )
         for i, (key, shape) in enumerate(TABLES.items())
     }
-    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, state_bits=8)
+    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, state_bits=8, transform="cautious")
     for step in range(STEPS):
         for i, (key, param) in enumerate(params.items()):
             grad = noise(10 * step + i, TABLES[key])

@@ -14,9 +14,8 @@ import pytest
 import torch
 from cases import METHODS, STORED_METHODS
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
-from training import SHAPES, assert_same, build, net, noise, snapshot
+from training import SHAPES, assert_same, build, net, noise, peak_bytes, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspace_optim as so
@@ -217,18 +216,6 @@ def test_all_but_the_weights_gradient_is_bitwise_as_before(shape, bias, dtype):
     with so.project_in_backward(model, opt, linear=True):
         during = run()
     assert all(torch.equal(a, b) for a, b in zip(before, during, strict=True))
-
-
-def peak_bytes(run):
-    """The most that a call has allocated at a time, by torch's allocator events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def test_gradients_and_inputs_are_not_kept():

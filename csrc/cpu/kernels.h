@@ -28,6 +28,24 @@ struct Target {
   uint32_t step;
 };
 
+// A float32 tensor as codes: `rows` rows of `length` elements, each in blocks that share a scale. The rows of a tensor
+// coded by columns are its columns.
+struct Coded {
+  uint8_t* codes;
+  float* scales;
+  const float* table;
+  int64_t values;  // of the table: up to 16, two codes to a byte, or up to 256
+  int64_t rows, length;
+  bool packed, columns;
+};
+
+// Random numbers, of which element i of a tensor in the order of its blocks uses half-word origin + i.
+struct Stream {
+  uint64_t seed;
+  uint32_t step;
+  int64_t origin;
+};
+
 // All ranges are of element indices into contiguous tensors. A is the type of the moments and of all arithmetic; a
 // float64 source or target goes with float64 only.
 template <class A>
@@ -57,25 +75,16 @@ struct Kernels {
   int64_t (*transform[3])(Source g, A* u, int64_t begin, int64_t end);
   // Σ u².
   double (*squares)(const A* u, int64_t begin, int64_t end);
-};
-
-// A float32 tensor as codes: `rows` rows of `length` elements, each in blocks that share a scale. The rows of a tensor
-// coded by columns are its columns.
-struct Coded {
-  uint8_t* codes;
-  float* scales;
-  const float* table;
-  int64_t values;  // of the table: up to 16, two codes to a byte, or up to 256
-  int64_t rows, length;
-  bool packed, columns;
+  // By Transform. A step of Adam on the rows [begin, end) of a tensor whose moments are codes; without a target nothing
+  // is written. By columns, R and the target are of type A. Returns how many elements "cautious" kept.
+  int64_t (*coded[3])(const Adam<A>&, Source r, const Coded& m, const Coded& v, const Stream& of_m, const Stream& of_v,
+                      const Target<A>*, int64_t begin, int64_t end);
 };
 
 struct Table {
   const char* isa;
-  // Rows [begin, end) of x into codes, to nearest, or stochastically by the stream (seed, step), of which the first
-  // element of x uses half-word `origin`.
-  void (*encode)(const Coded&, const float* x, bool stochastic, uint64_t seed, uint32_t step, int64_t origin,
-                 int64_t begin, int64_t end);
+  // Rows [begin, end) of x into codes, by a stream stochastically, without one to nearest.
+  void (*encode)(const Coded&, const float* x, const Stream*, int64_t begin, int64_t end);
   void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);
   Kernels<float> float32;
   Kernels<double> float64;

@@ -648,10 +648,9 @@ void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis
   STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
   const float* data = wide.const_data_ptr<float>();
   const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
+  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, origin};
   const auto loop = kernels().encode;
-  over_rows(c, [&](int64_t begin, int64_t end) {
-    loop(c, data, seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), count, origin, begin, end);
-  });
+  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
 }
 
 Tensor decode_op(Tensor codes, Tensor scales, Tensor table, int64_t axis, int64_t length, ScalarType dtype) {
@@ -664,6 +663,51 @@ Tensor decode_op(Tensor codes, Tensor scales, Tensor table, int64_t axis, int64_
   const auto loop = kernels().decode;
   over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
   return torch::stable::to(out, dtype);
+}
+
+// Moments come flat: all the first ones, then all the second ones.
+void coded_adam_op(Tensors params, Tensors grads, Tensors codes, Tensors scales, Tensors tables,
+                   std::vector<int64_t> streams, int64_t axis, int64_t origin, Tensors steps,
+                   std::vector<int64_t> seeds, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
+                   double scale, int64_t transform, bool eps_inside) {
+  const size_t count = params.size();
+  check(grads.size() == count && steps.size() == count && (seeds.empty() || seeds.size() == count));
+  check(codes.size() == 2 * count && scales.size() == 2 * count && streams.size() == 2 * count && tables.size() == 2);
+  const auto rate = rates(lr, count);
+  const AdamOptions options{beta1, beta2, eps, transform_of(transform), eps_inside};
+  for (size_t i = 0; i < count; ++i) {
+    with_type_of(steps[i], [&](auto zero) {
+      using A = decltype(zero);
+      const double step = increment(steps[i]);
+      const Adam<A> h = adam_at<A>(options, step);
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      const int64_t length = params[i].size(params[i].dim() + axis);
+      const auto moment = [&](size_t j) {
+        return coded(codes[j * count + i], scales[j * count + i], tables[j], axis, length);
+      };
+      const auto stream = [&](size_t j) {
+        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), origin};
+      };
+      const Coded m = moment(0), v = moment(1);
+      const Stream of_m = stream(0), of_v = stream(1);
+      const bool own = scalar_type<A> == params[i].scalar_type() && scalar_type<A> == grads[i].scalar_type();
+      STD_TORCH_CHECK(own || !m.columns, "a moment coded by columns has a gradient and an update of its own type");
+      STD_TORCH_CHECK(m.rows == v.rows && params[i].numel() == m.rows * length && grads[i].numel() == params[i].numel(),
+                      "shapes differ");
+      Written w(params[i]);
+      const Tensor grad = readable<A>(grads[i]);
+      const Source g = source(grad);
+      const auto loop = kernels().of<A>().coded[static_cast<int>(options.transform)];
+      if (options.transform == Transform::cautious) {
+        std::atomic<int64_t> kept = 0;
+        over_rows(m, [&](int64_t begin, int64_t end) { kept += loop(h, g, m, v, of_m, of_v, nullptr, begin, end); });
+        how.factor *= cautious_scale(options.transform, kept, std::max<int64_t>(params[i].numel(), 1));
+      }
+      const Target<A> t = how.into<A>(w.memory);
+      over_rows(m, [&](int64_t begin, int64_t end) { loop(h, g, m, v, of_m, of_v, &t, begin, end); });
+      w.finish();
+    });
+  }
 }
 
 std::string isa_op() { return kernels().isa; }
@@ -685,4 +729,5 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
   m.impl("encode_", TORCH_BOX(&sso::encode_op));
   m.impl("decode", TORCH_BOX(&sso::decode_op));
+  m.impl("coded_adam_", TORCH_BOX(&sso::coded_adam_op));
 }

@@ -28,12 +28,13 @@ from torch import Tensor
 
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, decode, encode_, transform_
+from .reference import back, coded_adam_, decode, encode_, transform_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
+    "coded_adam_",
     "decode",
     "encode_",
     "grad_max",

@@ -16,6 +16,7 @@ __all__ = [
     "adam_update_",
     "apply_",
     "back",
+    "coded_adam_",
     "compressed_adafactor_",
     "decode",
     "encode_",
@@ -198,6 +199,34 @@ def encode_(
 ) -> None:
     """The bits of the reference, in one pass."""
     _ops.encode_(x, codes, scales, table, axis, seed, step, begin)
+
+
+def coded_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    transform: str,
+    eps_inside: bool = False,
+) -> None:
+    """Decoded, advanced, coded and applied a thousand elements at a time, in the cache."""
+    _ops.coded_adam_(
+        *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr, beta1, beta2, eps),
+        *(weight_decay, scale, TRANSFORMS.index(transform), eps_inside),
+    )
+    _written(params)
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:

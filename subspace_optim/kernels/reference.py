@@ -7,6 +7,7 @@
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
     encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
+    coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
 Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
 where it is given, holds a bool for every tensor: one that it says no of stays as it is, with its moments and its step
@@ -56,17 +57,21 @@ def back(low: Tensor, bases: Sequence[Tensor], side: Side | None) -> Tensor:
     return bases[0] @ low @ bases[1].mT if side == "both" else low
 
 
-def transform_(updates: list[Tensor], lows: list[Tensor], transform: str) -> None:
+def transform_(
+    updates: list[Tensor], lows: list[Tensor], transform: str, shares: Sequence[Tensor] | None = None
+) -> None:
     """Correct the direction of each update N by the gradient R it came from, in place.
 
-    grams: sign(R)·|N|. cautious: N where N·R > 0, rescaled by the share of elements kept (at least 1e-3).
+    grams: sign(R)·|N|. cautious: N where N·R > 0, rescaled by the share of elements kept (at least 1e-3). `shares` are
+    those of the whole tensors, of which these are parts.
     """
-    for n, r in zip(updates, lows, strict=True) if transform != "none" else ():
+    for i, (n, r) in enumerate(zip(updates, lows, strict=True)) if transform != "none" else ():
         if transform == "grams":
             n.abs_().mul_(r.sign())
         else:
             mask = (n * r > 0).to(n.dtype)
-            n.mul_(mask.div_(mask.mean().clamp_(min=1e-3)))
+            share = mask.mean() if shares is None else shares[i]
+            n.mul_(mask.div_(share.clamp(min=1e-3)))
 
 
 def adam_update_(
@@ -88,7 +93,7 @@ def adam_update_(
     """
     if finite is not None:
         updates = [torch.zeros_like(m) for m in exp_avgs]
-        r, m, v, k, out = _taken(finite, lows, exp_avgs, exp_avg_sqs, steps, updates)
+        r, m, v, k, out = taken(finite, lows, exp_avgs, exp_avg_sqs, steps, updates)
         if out:
             torch._foreach_copy_(out, adam_update_(r, m, v, k, beta1, beta2, eps, transform, eps_inside))
         return updates
@@ -143,39 +148,44 @@ def apply_(
         finite: see above.
     """
     if finite is not None:
-        params, updates, bases, steps, seeds = _taken(finite, params, updates, bases, steps, seeds)
+        params, updates, bases, steps, seeds = taken(finite, params, updates, bases, steps, seeds)
         lr = lr[finite.to(lr.device)] if lr.ndim else lr
     rates = lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
     for i, (param, update, rate) in enumerate(zip(params, updates, rates, strict=True)):
         own = () if side is None else (lefts[i], rights[i]) if side == "both" else (lefts[i],)
         decay, factor = 1 - rate * weight_decay, -rate * scale
-        if param.dtype == update.dtype and not sign:
+        if own and param.dtype == update.dtype and not sign:
             if decay != 1:
                 param.mul_(decay)
             _add_back_(param, update, own, side, factor)
             continue
-        step = back(update, own, side)
-        if sign:
-            step = step.sign()
-        wide = param.to(update.dtype, copy=True)
-        wide.mul_(decay).add_(step, alpha=factor)
-        write_(param, wide, steps[i], seeds[i] if seeds else None)
+        moved = back(update, own, side)
+        _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, begin: int = 0) -> None:
     """Round `value` into the parameter, once; bfloat16 stochastically if there is a seed. `value` is overwritten."""
     if seed is not None and param.dtype == torch.bfloat16:
-        stochastic_round_(param, value, seed, int(step))
+        stochastic_round_(param, value, seed, int(step), begin)
     else:
         param.copy_(value)
 
 
+def _move_(
+    param: Tensor, update: Tensor, decay: float, factor: float, step: Tensor, seed: int | None, begin: int = 0
+) -> None:
+    """W ← decay·W + factor·U, of elements from `begin` on."""
+    wide = param if param.dtype == update.dtype else param.to(update.dtype, copy=True)
+    if decay != 1:
+        wide.mul_(decay)
+    wide.add_(update, alpha=factor)
+    if wide is not param:
+        write_(param, wide, step, seed, begin)
+
+
 def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Side | None, factor: float) -> None:
     """W += factor·back(N) without an (m, n) temporary."""
-    if side is None:
-        param.add_(update, alpha=factor)
-        return
     a, b = (update, bases[0].mT) if side == "right" else (bases[0], update)
     if side == "both":
         a, b = bases[0] @ update, bases[1].mT
@@ -206,10 +216,77 @@ def projected_adam_(
     apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
 
 
-def _taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
+def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
     """What the columns (empty, one or two a tensor) hold of the tensors that are stepped; the device is waited for."""
     taken = finite.tolist()
     return [list(compress(column, cycle(taken))) for column in columns]
+
+
+def coded_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    transform: str,
+    eps_inside: bool = False,
+) -> None:
+    """The whole step of Adam without a projection, on moments that are kept as codes: no more than a chunk is decoded.
+
+    Moments come flat, the first ones of all tensors before the second ones, as codes, scales and seeds (`streams`);
+    `tables` are those of the two. `axis` and `begin` are those of encode_, everything else is as for projected_adam_.
+    """
+    rates = lr.double().expand(len(params)).tolist()
+    for i, (param, grad, rate) in enumerate(zip(params, grads, rates, strict=True)):
+        whole = param.contiguous()
+        weights, lows, length = rows(whole, axis), rows(grad.contiguous(), axis), param.shape[axis]
+        kept = [(rows(codes[j], axis), rows(scales[j], axis), streams[j]) for j in (i, len(params) + i)]
+        options = (steps[i].clone(), beta1, beta2, eps, eps_inside)
+        steps[i].add_(1)
+        agreeing = torch.zeros((), dtype=torch.int64, device=param.device)
+        for at in _chunks(whole, axis) if transform == "cautious" else ():  # which has to see all before it writes any
+            update, low, _ = _advanced(lows, kept, tables, at, *options)
+            agreeing += (update * low > 0).sum()
+        for at in _chunks(whole, axis):
+            update, low, moments = _advanced(lows, kept, tables, at, *options)
+            transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
+            first = at.start * length
+            for x, (code, unit, stream), table in zip(moments, kept, tables, strict=True):
+                encode_(x, code[at], unit[at], table, -1, stream, steps[i], begin + first)
+            seed = seeds[i] if seeds else None
+            _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, first)
+        if whole is not param:
+            param.copy_(whole)
+
+
+def _advanced(
+    grads: Tensor,
+    kept: Sequence[tuple[Tensor, Tensor, int]],
+    tables: list[Tensor],
+    at: slice,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    eps_inside: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """N and R of some rows, and their moments after the step."""
+    low = grads[at].to(step.dtype)
+    pairs = zip(kept, tables, strict=True)
+    first, second = (decode(code[at], unit[at], table, -1, low.shape[1], low.dtype) for (code, unit, _), table in pairs)
+    (update,) = adam_update_([low], [first], [second], [step.clone()], beta1, beta2, eps, "none", eps_inside)
+    return update, low, [first, second]
 
 
 def encode_(

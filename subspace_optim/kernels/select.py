@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..distributed import Sharded
+from ..storage import Coding, codecs
 from ..types import Plan
 from . import native
 
@@ -50,7 +51,7 @@ def _detail(module: ModuleType) -> str:
 
 
 def resolve(backend: str, plan: Plan) -> Any:
-    """The module that steps this plan, with the reductions that its shards need.
+    """The module that steps this plan, with the reductions that its shards need, on moments as they are kept.
 
     Args:
         backend: "auto", or a name of IMPLS.
@@ -60,8 +61,10 @@ def resolve(backend: str, plan: Plan) -> Any:
         ValueError: the backend does not exist.
         RuntimeError: an explicit choice cannot step this plan; "auto" falls through to the next one instead.
     """
-    kernel = _resolve(backend, plan)
-    return Sharded(kernel, plan.sharding) if plan.sharding.axes else kernel
+    kernel: Any = _resolve(backend, plan)
+    if plan.sharding.axes:
+        kernel = Sharded(kernel, plan.sharding)
+    return Coding(kernel) if codecs(plan) else kernel
 
 
 def _resolve(backend: str, plan: Plan) -> ModuleType:

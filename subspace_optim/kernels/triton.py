@@ -30,12 +30,13 @@ from torch import Tensor
 
 from ..types import Plan, Side
 from . import reference
-from .reference import back, decode, encode_, grad_max, transform_
+from .reference import back, coded_adam_, decode, encode_, grad_max, transform_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
+    "coded_adam_",
     "decode",
     "encode_",
     "grad_max",
