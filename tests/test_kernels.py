@@ -222,7 +222,7 @@ def stepped_by(rule, lists, kernel, transform="none", zero_row=False, redrawn=Fa
 def assert_same_rule(rule, lists, **how):
     got, want = (stepped_by(rule, lists, kernel, **how) for kernel in (native, reference))
     dtype = lists.params[0].dtype
-    rounding = 1e-13 if dtype == torch.float64 else 2e-6
+    rounding = 1e-13 if dtype == torch.float64 else 4e-6  # two sums of up to 1500 terms, which may cancel
     for key in want.states[0]:
         assert distance(got.slot(key), want.slot(key)) < rounding
     if dtype in (torch.float32, torch.float64):

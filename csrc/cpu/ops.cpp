@@ -380,10 +380,11 @@ void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& g
   const double fresh = std::pow(step, -o.decay_rate);
   const double mean = average<A>(row_data, row, fresh, static_cast<A>(1e-30)) / rows;
   average<A>(column_data, column, fresh, static_cast<A>(1e-30));
-  for (int64_t i = 0; i < rows; ++i) row[i] = 1 / std::sqrt(row_data[i] / static_cast<A>(mean));
+  const A kept_share = static_cast<A>(o.beta1), fresh_share = static_cast<A>(1 - o.beta1);
+  for (int64_t i = 0; i < rows; ++i) row[i] = fresh_share / std::sqrt(row_data[i] / static_cast<A>(mean));
   for (int64_t i = 0; i < columns; ++i) column[i] = 1 / std::sqrt(column_data[i]);
 
-  const Tensor whole = wholes.take(momentum, scalar_type<A>, {rows, columns});
+  const Tensor whole = wholes.take(momentum, scalar_type<A>, {rows, columns});  // (1-β₁)U, then D
   A* d = whole.mutable_data_ptr<A>();
   over_rows(rows, columns, [&](int64_t first, int64_t last) {
     loops.scale(g, first * columns, last - first, columns, row.data() + first, column.data(), d + first * columns);
@@ -391,7 +392,7 @@ void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& g
   const Tensor low = lows.take(momentum, scalar_type<A>, {momentum.size(0), momentum.size(1)});
   project<A>(low, whole, now, wholes);
   const auto [a, b] = back_factors(momentum, before);
-  product(whole, a, b, 1 - o.beta1, o.beta1);
+  product(whole, a, b, 1, o.beta1);
   Tensor history = momentum;
   if (carried) {
     if (now.left) history = product_of(transposed(product_of(transposed(*before.left), *now.left)), history);
@@ -399,8 +400,9 @@ void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& g
   }
   const A *past = history.const_data_ptr<A>(), *present = low.const_data_ptr<A>();
   A* next = momentum.mutable_data_ptr<A>();
-  const A kept_share = static_cast<A>(o.beta1), fresh_share = static_cast<A>(1 - o.beta1);
-  for (int64_t i = 0; i < momentum.numel(); ++i) next[i] = kept_share * past[i] + fresh_share * present[i];
+  over_chunks(momentum.numel(), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) next[i] = kept_share * past[i] + present[i];
+  });
 
   std::atomic<int64_t> kept = 0;
   const auto transform = loops.transform[static_cast<int>(o.transform)];
