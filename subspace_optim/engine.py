@@ -513,9 +513,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         for chunk in (due[i : i + at_once] for i in range(0, len(due), at_once)):
             targets = dict(zip(chunk, self.rule.targets(bucket.part(chunk)), strict=True))
             if projector.needs_gradient:
-                flags = torch.stack([target.any() for target in targets.values()]).double()
-                seen = plan.sharding.max([flags])[0].tolist()
-                targets = {i: target for (i, target), flag in zip(targets.items(), seen, strict=True) if flag}
+                (peaks,) = plan.sharding.max([kernel.grad_max(list(targets.values()))])
+                targets = {i: t for (i, t), peak in zip(targets.items(), peaks.tolist(), strict=True) if peak != 0}
             if not targets:
                 continue
             part = bucket.part(list(targets))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import philox
 from .distributed import WHOLE, Sharding
-from .types import Bases, Change, Plan, Side, State, change_of_basis
+from .types import Bases, Change, Plan, Side, State, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
@@ -154,7 +154,7 @@ class SVD(Projector):
             start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device)).to(start)
         # Gᵀ G squares the scale of G, which may itself be far from 1.
         least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
-        peaks = torch.stack([(g.abs().amax() if g.numel() else g.new_zeros(())).to(start.dtype) for g in grads])
+        peaks = torch.stack([peak(g, start.dtype) for g in grads])
         inverse = 1 / sharding.max([peaks])[0].clamp_(min=least)
 
         def times(q: Tensor, members: Iterable[int]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Axes
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, peak
 
 Kernel = Any  # a module with the functions of kernels/reference.py
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
@@ -347,7 +347,7 @@ class WeightNormAdam(Adam):
     def targets(self, bucket: Bucket) -> list[Tensor]:
         """The tangential gradients; zero where rounding is all that is left of a radial one."""
         tangents = [self._split(p, g, bucket.plan)[0] for p, g in zip(bucket.params, bucket.grads, strict=True)]
-        peaks = torch.stack([_peak(x, bucket.plan.state_dtype) for x in (*bucket.grads, *tangents)])
+        peaks = torch.stack([peak(x, bucket.plan.state_dtype) for x in (*bucket.grads, *tangents)])
         largest, left = bucket.plan.sharding.max([peaks])[0].chunk(2)
         for tangent, kept in zip(tangents, left > 8 * torch.finfo(peaks.dtype).eps * largest, strict=True):
             tangent.mul_(kept)
@@ -496,11 +496,6 @@ def _carry_project_aware_(state: State, change: Change, side: Side | None, betas
     m.copy_(carried(m, change, side))
     mixed = carried(variance, tuple(c.square() for c in change), side)
     v.copy_(mixed.add_((m / correction1).square()).mul_(correction2).abs_())
-
-
-def _peak(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest |x|; of no elements zero."""
-    return torch.linalg.vector_norm(x, math.inf, dtype=dtype) if x.numel() else x.new_zeros((), dtype=dtype)
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...]) -> Tensor:

@@ -241,6 +241,11 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
     return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
 
 
+def peak(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest |x|, of no elements zero; NaN if there is one. On a CPU the infinity norm takes 20 times as long."""
+    return torch.maximum(x.amax(), -x.amin()).to(dtype) if x.numel() else x.new_zeros((), dtype=dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Hyper:
     """The hyperparameters of one group at one step."""
