@@ -65,6 +65,10 @@ class Plan:
     compensated: bool = False
     sharding: Sharding = WHOLE
 
+    def __hash__(self) -> int:
+        """Of what mostly tells plans apart: a step looks them up several times for every tensor."""
+        return hash((self.shape, self.side, self.rank, self.dtype))
+
     @property
     def whole(self) -> Plan:
         """The plan of the same tensor if it were not sharded."""
