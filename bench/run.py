@@ -195,21 +195,36 @@ def refresh(optimizer, projected):
 
 
 def products(projected, rank, rounds, clock):
-    """The matrix products alone that a projected step needs, in float32 by torch's BLAS: no such step is faster."""
+    """What no step does without, in float32 by torch's BLAS: milliseconds by method, and the rates this machine has."""
 
-    def run():
-        for g, q, low in work:
-            (torch.mm(g, q, out=low), g.addmm_(low, q.T)) if g.shape[0] >= g.shape[1] else (
-                torch.mm(q.T, g, out=low),
-                g.addmm_(q, low),
-            )
+    def step():
+        for g, q, low, _ in work:
+            torch.mm(g, q, out=low)
+            g.addmm_(low, q.mT)
+
+    def basis():  # that of Online Subspace Descent learns from GᵀGQ
+        for g, q, low, both in work:
+            torch.mm(g.mT, low, out=both[:, rank:])
+            torch.mm(both, (q.mT @ both).view(2 * rank, rank), out=q)
+
+    def square():
+        torch.mm(side, side, out=result)
 
     work = []
     for p in projected:
         (m, n), g = p.shape, p.detach().float().clone()
-        low = torch.empty((m, rank) if m >= n else (rank, n))
-        work.append((g, torch.zeros(min(m, n), rank), low))
-    return statistics.median(timed({"": run}, rounds, clock)[""])
+        d, low = min(m, n), torch.zeros((m, rank) if m >= n else (rank, n))
+        turned = (g, low) if m >= n else (g.mT, low.mT)  # (k, d) and (k, r), of either side
+        work.append((turned[0], torch.zeros(d, rank), turned[1], torch.zeros(d, 2 * rank)))
+    side, result = torch.zeros(1024, 1024), torch.empty(1024, 1024)
+    times = timed({"step": step, "basis": basis, "square": square}, rounds, clock)
+    taken = {name: statistics.median(own) for name, own in times.items()}
+    flops = {
+        "products": 4 * rank * sum(p.numel() for p in projected) / taken["step"],
+        "square": 2**31 / taken["square"],
+    }
+    alone = dict.fromkeys(METHODS, taken["step"]) | {"osd": taken["step"] + taken["basis"], "adamw": 0.0, "grams": 0.0}
+    return alone, {name: rate / 1e6 for name, rate in flops.items()}
 
 
 def built(chosen, setting):
@@ -242,10 +257,13 @@ def measure(chosen, errors, options):
         ):
             again = timed({"": partial(refresh, optimizer, projected)}, 3, clock)[""]
             rows[name]["refresh_ms"] = statistics.median(again) - median[name]
-    alone = products(projected, rank, options.rounds, clock)
+    alone, rates = products(projected, rank, options.rounds, clock)
     share = sum(p.numel() for p in dense) / sum(p.numel() for p in projected + dense)
-    limit = {"products_ms": alone, "products_ratio": alone / median[BASELINE]}
-    limit["ratio"] = limit["products_ratio"] + share  # the dense tensors at the speed of fused AdamW
+    for name in rows.keys() & errors.keys():  # the dense tensors at the speed of fused AdamW
+        method = chosen[name].method
+        limit = alone[method] / median[BASELINE] + (share if alone[method] else 1.0)
+        rows[name] |= {"limit_ratio": limit, "of_limit": rows[name]["ratio"] / limit}
+    limit = {"products_ms": alone["galore"], "gflops": rates}
     gap = {}
     if options.gap and "galore" in optimizers:
         del optimizers, optimizer
@@ -286,20 +304,22 @@ def report(record):
     options, limit, gap = record["options"], record["limit"], record["gap"]
     print(f"\n{options['model']}, {options['dtype']}, rank {record['rank']}, {options['threads']} thread(s)")
     print(record["machine"]["cpu"], record["machine"]["backends"])
-    heads = ("step ms", "× fused", "refresh ms", "state MiB", "held MiB", "peak MiB", "parity")
+    heads = ("step ms", "× fused", "× limit", "refresh ms", "state MiB", "held MiB", "peak MiB", "parity")
     print(f"{'':34}" + "".join(f"{head:>12}" for head in heads))
     for name, row in sorted(record["arms"].items(), key=lambda item: item[1]["ratio"]):
         cells = [
             f"{row['step_ms']:.1f}",
             f"{row['ratio']:.2f}",
+            f"{row['of_limit']:.2f}" if "of_limit" in row else "",
             f"{row['refresh_ms']:.0f}" if "refresh_ms" in row else "",
         ]
         cells += [f"{row[key] / 2**20:.2f}" for key in ("state_bytes", "held_bytes", "peak_bytes")]
         cells.append(f"{row['parity']:.0e}" if "parity" in row else "")
         print(f"{name:34}" + "".join(f"{cell:>12}" for cell in cells))
     print(
-        f"limit of exact float32 products: {limit['products_ms']:.0f} ms alone, {limit['products_ratio']:.2f} × fused; "
-        f"{limit['ratio']:.2f} × with the dense tensors at fused AdamW's speed"
+        f"exact float32 products of a projected step: {limit['products_ms']:.0f} ms alone, at "
+        f"{limit['gflops']['products']:.0f} GFLOP/s, where a product of 1024² matrices runs at "
+        f"{limit['gflops']['square']:.0f}"
     )
     if gap:
         print(f"galore over a gap of {gap['steps']} steps: p50 {gap['p50_ms']:.0f} ms, p99 {gap['p99_ms']:.0f} ms")
