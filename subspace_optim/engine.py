@@ -106,7 +106,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         ValueError: a value is out of range, or an option is misspelt.
 
     Attributes:
-        skipped_updates: how many updates of one tensor a gradient that was not finite has cost.
+        skipped_updates: how many updates of one tensor a gradient that was not finite has cost; a GPU is waited for.
         last_grad_norm: what `clip_grad_norm_` last found; NaN before.
         lows: R of the tensors whose gradients were projected ahead of the coming step, one for each matrix.
         in_backward: whether `project_in_backward` is on, and how it renews bases.
@@ -146,7 +146,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.stagger = stagger
         self.seed = seed
         self.backend = backend
-        self.skipped_updates = 0
+        self._skips = {}
         self.lows: dict[Tensor, list[Tensor]] = {}
         if backend != "auto" and backend not in select.IMPLS:
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
@@ -191,8 +191,10 @@ class SubspaceOptimizer(StatefulOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient.
 
-        A tensor whose gradient is NaN, infinite or beyond 1e15 stays as it is, with its state; `skipped_updates`
-        counts them. Gradients are never written. What was projected ahead of the step is used up by it.
+        A tensor whose gradient is NaN, infinite or beyond 1e15 stays as it is, with its state but for its `age`;
+        `skipped_updates` counts them. Gradients are never written. What was projected ahead of the step is used up.
+
+        An ordinary step of Adam's family on a GPU, in which no basis is renewed, waits for nothing.
 
         Args:
             closure: computes the loss and its gradients; called once, with gradients enabled.
@@ -416,8 +418,13 @@ class SubspaceOptimizer(StatefulOptimizer):
             index, plan, ahead = key
             group = self.param_groups[index]
             bucket, entries = self._bucket(plan, ahead, group, members[key], grads[key], largest)
-            if len(bucket):
-                works.append(_Work(group, bucket, kernels[plan], entries))
+            works.append(_Work(group, bucket, kernels[plan], entries))
+        skipping: dict[torch.device, list[Tensor]] = {}
+        for work in works:
+            if work.bucket.finite is not None:
+                skipping.setdefault(work.bucket.plan.device, []).append(work.bucket.finite)
+        for device, flags in skipping.items():
+            self._skips[device] += torch.cat(flags).logical_not_().sum()
         return works
 
     def _grads(self, plan: Plan, param: Tensor) -> list[Tensor]:
@@ -434,30 +441,53 @@ class SubspaceOptimizer(StatefulOptimizer):
         peaks: Tensor,
     ) -> tuple[Bucket, list[_Entry]]:
         """The matrices of a plan that take part in this step, and the parameters that they belong to."""
-        measured = iter(zip(grads, peaks.tolist(), strict=True))
-        bucket, entries = Bucket(plan, group["rounding"] == "stochastic", projected=ahead), []
+        bucket, entries = Bucket(plan, group["rounding"] == "stochastic", grads=grads, projected=ahead), []
+        fresh: list[bool] = []
         for position, param in tensors:
             state = self.state[param]
-            fresh = not state
-            if fresh:
+            fresh += [not state] * len(plan.members)
+            if not state:
                 state.update(self._init_state(plan, group, position))
             entry = _Entry.of(plan, param, state)
             entries.append(entry)
-            for j, matrix, member in zip(plan.members, entry.matrices, entry.members, strict=True):
-                grad, largest = next(measured)
-                # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
-                if fresh and largest == 0 and float(group["lr"]) == 0:
-                    continue
-                if not largest <= GRAD_LIMIT:
-                    self.skipped_updates += 1
-                    self.observer.skip(self._stream(plan, position, j))
-                    continue
-                bucket.params.append(matrix)
-                bucket.grads.append(grad)
-                bucket.states.append(member)
-                bucket.orders.append(position + j)
-                bucket.streams.append(self._stream(plan, position, j))
-        return bucket, entries
+            bucket.params += entry.matrices
+            bucket.states += entry.members
+            bucket.orders += [position + j for j in plan.members]
+            bucket.streams += [self._stream(plan, position, j) for j in plan.members]
+        if plan.device not in self._skips:
+            self._skips[plan.device] = torch.zeros((), dtype=torch.int64, device=plan.device)
+        if _waits(peaks) and not any(fresh) and self._is_ordinary(bucket, group):
+            bucket.finite = peaks <= GRAD_LIMIT
+            return bucket, entries
+        taken = []
+        for i, largest in enumerate(peaks.tolist()):
+            # DCP materialises state by a step of zero gradients at lr 0: that must allocate, and count nothing.
+            if fresh[i] and largest == 0 and float(group["lr"]) == 0:
+                continue
+            if largest <= GRAD_LIMIT:
+                taken.append(i)
+            else:
+                self._skips[plan.device] += 1
+                self.observer.skip(bucket.streams[i])
+                _grow_older(bucket.states[i])
+        return bucket if len(taken) == len(bucket) else bucket.part(taken), entries
+
+    def _is_ordinary(self, bucket: Bucket, group: dict[str, Any]) -> bool:
+        """Whether the kernel alone decides what it leaves as it is: nothing else in the step depends on it."""
+        plan, projector = bucket.plan, self.projector
+        rule = self.rule if plan.side else self.dense_rule
+        if not rule.skips or self.observer.listens or not storage.is_plain(plan):
+            return False
+        if plan.side is None:
+            return True
+        assert projector is not None
+        return not projector.learns and not self._due(bucket, group)
+
+    def _due(self, bucket: Bucket, group: dict[str, Any]) -> list[int]:
+        """The members whose bases this step renews."""
+        projector, gap = self.projector, group["update_proj_gap"]
+        assert projector is not None
+        return [i for i, state in enumerate(bucket.states) if not bucket.projected and projector.due(state, gap)]
 
     def _step_bucket(self, work: _Work) -> None:
         plan = work.bucket.plan
@@ -485,13 +515,13 @@ class SubspaceOptimizer(StatefulOptimizer):
             seen = replace(bucket, grads=lows, projected=True)
         with self.observer.step(self.rule, bucket, kernel):
             self.rule.step_(seen, hyper, kernel)
-        changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
-        if changes is not None:
-            self.rule.carry_(plan, bucket.states, changes, hyper)
         if self.projector.learns:
+            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
+            if changes is not None:
+                self.rule.carry_(plan, bucket.states, changes, hyper)
             storage.keep_bases_(bucket, kernel)
         for state in bucket.states:
-            state["age"] += state["age"] != UNSET
+            _grow_older(state)
 
     def _refresh(self, group: dict[str, Any], bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """Set the bases of the bucket, new ones for the members that are due.
@@ -501,8 +531,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         """
         plan, projector = bucket.plan, self.projector
         assert projector is not None
-        gap = group["update_proj_gap"]
-        due = [i for i, state in enumerate(bucket.states) if not bucket.projected and projector.due(state, gap)]
+        due = self._due(bucket, group)
         bucket.bases = projector.bases(plan, bucket.states)
         if due or projector.learns:
             storage.decode_moments_(bucket, kernel)
@@ -576,6 +605,17 @@ def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
         transform=group["transform"],
         moments=group["moments"],
     )
+
+
+def _waits(tensor: Tensor) -> bool:
+    """Whether to read its numbers is to wait for a device."""
+    return tensor.device.type != "cpu"
+
+
+def _grow_older(state: State) -> None:
+    """Refreshes come by the steps of the optimizer, whether a gradient in between was finite or not."""
+    if state.get("age", UNSET) != UNSET:
+        state["age"] += 1
 
 
 def _lr_ratio(group: dict[str, Any]) -> float:

@@ -57,6 +57,7 @@ class LayerReport:
 class Observer:
     """What the engine tells of its work. This one does not listen, and is the default."""
 
+    listens = False  # whether it has to be told of what no one else waits for
     looking = False  # whether the figures of the present step are measured
 
     def begin(self) -> None:
@@ -81,6 +82,8 @@ class Monitor(Observer):
         every: steps between two looks, ≥ 1; the first step is looked at.
         members: gives (random stream, name, plan) of every matrix.
     """
+
+    listens = True
 
     def __init__(self, every: int, members: Callable[[], Iterable[tuple[int, str, Plan]]]) -> None:
         self.every = every

@@ -35,6 +35,7 @@ class Rule:
     sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
     whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
     takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to adam_update_ or projected_adam_ alone
+    skips: ClassVar[bool] = False  # True: step_ leaves alone what `bucket.finite` says no of, and reads nothing back
 
     def init(self, plan: Plan) -> State:
         """Zero state for one tensor."""
@@ -73,6 +74,7 @@ class Rule:
         kernel.apply_(
             *(bucket.params, updates, flat(bucket.bases), bucket.slot("step"), bucket.seeds),
             *(hyper.lr if lr is None else lr, hyper.weight_decay, self.scale(hyper), bucket.plan.side, self.sign_after),
+            bucket.finite,
         )
 
     def scale(self, hyper: Hyper) -> float:
@@ -93,6 +95,7 @@ class Adam(Rule):
     eps_inside: bool = False
 
     takes_codes: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
 
     def init(self, plan: Plan) -> State:
         """Both moments in the low-rank shape."""
@@ -114,14 +117,14 @@ class Adam(Rule):
         kernel.projected_adam_(
             *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), flat(bucket.bases)),
             *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale),
-            *(bucket.plan.side, hyper.transform),
+            *(bucket.plan.side, hyper.transform, bucket.finite),
         )
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """N = M̂/(√V̂ + ε)."""
         return kernel.adam_update_(
             *(lows, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), bucket.slot("step")),
-            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside),
+            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside, bucket.finite),
         )
 
 
@@ -335,6 +338,7 @@ class WeightNormAdam(Adam):
 
     whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
     takes_codes: ClassVar[bool] = False
+    skips: ClassVar[bool] = False
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""
@@ -425,6 +429,7 @@ class Apollo(Adam):
     """
 
     whole_gradient: ClassVar[str] = "APOLLO's update is the gradient itself, rescaled"
+    skips: ClassVar[bool] = False
 
     scale_type: Literal["channel", "tensor"] = "channel"
     growth: float | None = 1.01

@@ -49,7 +49,6 @@ class StatefulOptimizer(Optimizer):
         stagger: whether the refreshes of different tensors are spread over the gap.
         seed: of random bases, starting points and rounding.
         backend: auto, or the name of one.
-        skipped_updates: how many updates of one tensor a gradient that was not finite has cost.
         lows: R of the tensors whose gradients were projected ahead of the coming step, one for each matrix.
     """
 
@@ -59,8 +58,13 @@ class StatefulOptimizer(Optimizer):
     stagger: bool
     seed: int
     backend: str
-    skipped_updates: int
     lows: dict[Tensor, list[Tensor]]
+    _skips: dict[torch.device, Tensor]  # counted where the parameters are
+
+    @property
+    def skipped_updates(self) -> int:
+        """How many updates of one tensor a gradient that was not finite has cost; a GPU is waited for."""
+        return sum(int(count) for count in self._skips.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; keys of ours that are missing take the constructor's values.
@@ -280,7 +284,7 @@ class StatefulOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "skipped_updates")}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*own, "_skips")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -321,12 +321,10 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0) -> Iterator[Buc
     opens = 0 if is_plain(bucket.plan) else open_bytes(bucket.plan.whole, takes_codes)  # the same on every rank
     each = opens + workspace
     most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
-    at_once = max(1, most // each) if each else len(bucket)
-    if at_once >= len(bucket):
-        yield bucket
-        return
+    at_once = max(1, most // each) if each else max(1, len(bucket))
     for begin in range(0, len(bucket), at_once):
-        yield bucket.part(list(range(begin, min(begin + at_once, len(bucket)))))
+        members = range(begin, min(begin + at_once, len(bucket)))
+        yield bucket if len(members) == len(bucket) else bucket.part(list(members))
 
 
 def open_bytes(plan: Plan, takes_codes: bool) -> int:

@@ -278,6 +278,7 @@ class Bucket:
         bases: in force for this step; empty when dense.
         previous: the bases that the moments are still expressed in, for a rule that `looks_behind`.
         projected: whether `grads` were projected ahead of the step.
+        finite: on the device, a bool for every member: one that it says no of stays as it is. None: all take part.
     """
 
     plan: Plan
@@ -290,6 +291,7 @@ class Bucket:
     bases: list[Bases] = field(default_factory=list)
     previous: list[Bases] = field(default_factory=list)
     projected: bool = False
+    finite: Tensor | None = None
 
     def slot(self, key: str) -> list[Tensor]:
         """One state tensor of every member."""
@@ -308,7 +310,8 @@ class Bucket:
             return [values[i] for i in members]
 
         lists = (pick(self.params), pick(self.grads), pick(self.states), pick(self.orders), pick(self.streams))
-        return Bucket(self.plan, self.rounding, *lists, projected=self.projected)
+        finite = None if self.finite is None else torch.stack([self.finite[i] for i in members])
+        return Bucket(self.plan, self.rounding, *lists, projected=self.projected, finite=finite)
 
     def __len__(self) -> int:
         return len(self.params)

@@ -640,6 +640,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_of_its_tensor(method, pro
     assert optimizer.skipped_updates == 1
     for key, value in state.items():
         now = optimizer.state[params[0]][key]
+        value = value + (value >= 0) if key == "age" else value  # renewals come when they would have come
         assert torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
 
 
