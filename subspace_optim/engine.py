@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from . import distributed, storage
-from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest
+from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest, plain
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import StatefulOptimizer, member_states, name_in, plan_for
+from .state import DTYPES, StatefulOptimizer, member_states, name_in, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -175,6 +175,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                 near = nearest(key, KEYS)
                 raise TypeError(f"{where}: unexpected argument '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             defaults[key] = value
+        defaults = {key: plain(value) for key, value in defaults.items()}
         check(defaults, where)
         entries = [params] if isinstance(params, Tensor) else list(params)
         groups = [entry for entry in entries if isinstance(entry, dict)]
@@ -200,8 +201,8 @@ class SubspaceOptimizer(StatefulOptimizer):
             closure: computes the loss and its gradients; called once, with gradients enabled.
 
         Raises:
-            TypeError: a gradient is sparse.
-            ValueError: the rank or side of a group has been changed.
+            TypeError: a gradient is sparse, or of a type that cannot be stepped.
+            ValueError: an option of a group is out of range by now, or its rank or side is another than before.
             RuntimeError: the backend that was asked for cannot step a tensor, or a tensor has both a gradient and one
                 that was projected ahead. In all these cases nothing has changed.
         """
@@ -384,6 +385,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         """Everything to step, grouped; refuses what cannot be stepped and creates missing state."""
         if not self.state:
             self._refuse_flattened()
+        for index, group in enumerate(self.param_groups):
+            self._check_group(group, f"group {index}")
         members: dict[tuple[int, Plan, bool], list[tuple[int, Tensor]]] = {}
         for position, index, i, param in self._positions():
             ahead = param in self.lows
@@ -400,9 +403,11 @@ class SubspaceOptimizer(StatefulOptimizer):
                 raise TypeError(
                     f"{name_in(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)"
                 )
-            plan, state = plan_for(param, group), self.state.get(param)
-            if state:
-                self._check_state(name_in(group, i), plan, group, state)
+            if param.dtype not in DTYPES:
+                raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
+            plan = plan_for(param, group)
+            if self.state.get(param):
+                self._check_state(position, index, i, param, plan)
             members.setdefault((index, plan, ahead), []).append((position, param))
         kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
         grads = {
@@ -619,7 +624,7 @@ def _grow_older(state: State) -> None:
 
 
 def _lr_ratio(group: dict[str, Any]) -> float:
-    """The learning rate over its peak, where a scheduler has told it."""
+    """The learning rate over its peak, where a scheduler has told it; at most 1, as not all of them do."""
     lr = float(group["lr"])
     peak = max(float(group.get("initial_lr", lr)), float(group.get("max_lr", 0.0)))
-    return lr / peak if peak > 0 else 0.0
+    return min(lr / peak, 1.0) if peak > 0 else 0.0

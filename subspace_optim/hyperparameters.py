@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from numbers import Integral, Number, Real
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ FOREIGN |= {"lr_scale", "name"}
 HINTS = {"fused", "foreach", "capturable"}  # of speed alone: torch's optimizers take them, the numbers are the same
 ABSENT = {"maximize", "amsgrad", "differentiable"}  # would change the numbers, so only False passes
 FOREIGN |= HINTS | ABSENT
+_UNDERSHOOT = -1e-9  # a schedule that ends at 0 may miss it by rounding
 
 
 def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -51,8 +53,15 @@ def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
             near = nearest(name, (*KEYS, *ALIASES))
             if near:
                 raise ValueError(f"{where}: unknown option '{key}'; did you mean '{near}'?")
-        out[name] = value
+        out[name] = plain(value)
     return out
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which the default `torch.load` takes; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def nearest(word: str, known: tuple[str, ...]) -> str | None:
@@ -78,30 +87,34 @@ def check(group: Mapping[str, Any], where: str) -> None:
     lr, rank = group["lr"], group["rank"]
     if isinstance(lr, Tensor):
         need(lr.numel() == 1, "lr", "a float or a tensor of one element")
-    else:
-        need(_number(lr) and lr >= 0, "lr", "a finite number ≥ 0")
+        lr = float(lr) if lr.device.type == "cpu" else 0.0  # a GPU is not waited for
+    need(_number(lr) and lr >= _UNDERSHOOT, "lr", "a finite number ≥ 0")
     betas = group["betas"]
     need(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)")
     need(all(_number(b) and 0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)")
     for key in ("eps", "weight_decay"):
         need(_number(group[key]) and group[key] >= 0, key, "a finite number ≥ 0")
     need(_number(group["scale"]) and group["scale"] > 0, "scale", "a finite number > 0")
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    whole = _whole(rank) and rank >= 1
     need(
         rank is None or whole or (isinstance(rank, float) and 0 < rank < 1),
         "rank",
         "an int ≥ 1, a float in (0, 1) as a fraction of the smaller dimension, or None for dense AdamW",
     )
     for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
-        need(isinstance(group[key], int) and group[key] >= least, key, f"an int ≥ {least}")
+        need(_whole(group[key]) and group[key] >= least, key, f"an int ≥ {least}")
     for key in ABSENT & set(group):
         need(not group[key], key, "False; this optimizer has no such mode")
     for key in ("state_bits", "basis_bits"):
-        need(isinstance(group[key], int) and group[key] in BITS, key, "32, 8 or 4")
+        need(_whole(group[key]) and group[key] in BITS, key, "32, 8 or 4")
     words = {"proj_type": PROJ_TYPES, "transform": TRANSFORMS, "moments": MOMENTS, "rounding": ROUNDINGS}
     for key, values in words.items():
         need(group[key] in values, key, f"one of {', '.join(values)}")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

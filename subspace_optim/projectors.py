@@ -183,7 +183,7 @@ class SVD(Projector):
         rotation = sharding.once(gram, lambda: torch.linalg.eigh(gram)[1])  # eigenvalues ascend
         q = q @ rotation.flip(-1)
         agreement = (start * q).sum(-2, keepdim=True)
-        return list(sharding.own(q * torch.where(agreement < 0, -1.0, 1.0), axes).unbind())
+        return list(sharding.own(torch.where(agreement < 0, -q, q), axes).unbind())
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class OnlinePCA(SVD):
         proj_type: see Projector.
         method: of the start, see SVD.
         iterations: of the start, see SVD.
-        basis_lr: step size of the basis, times lr_t/lr_initial. 0.005 is the paper's 5·lr at its lr of 0.001.
+        basis_lr: step size of the basis, times lr_t/lr_initial (at most 1). 0.005 is the paper's 5·lr at its lr of 0.001.
         basis_betas: of Adam on the basis.
         basis_weight_decay: decoupled, of the basis.
         orth_lambda: weight of the penalty ‖QᵀQ - I‖².
@@ -434,5 +434,5 @@ def _orthonormal(plan: Plan, state: State) -> Bases:
         old = plan.sharding.gather(state[key], (_axis(side), None))
         new = _qr(plan.sharding, old)
         flipped = (old.mT @ new).diagonal() < 0  # the diagonal of Rᵀ
-        bases.append(plan.sharding.own(new * torch.where(flipped, -1.0, 1.0), (_axis(side), None)))
+        bases.append(plan.sharding.own(torch.where(flipped, -new, new), (_axis(side), None)))
     return tuple(bases)

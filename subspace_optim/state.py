@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,25 +17,27 @@ from torch.optim import Optimizer
 
 from . import distributed, philox, storage
 from .distributed import Axes
-from .hyperparameters import canonical, check
+from .hyperparameters import canonical, check, plain
 from .projectors import UNSET, Projector
 from .rules import Rule
 from .types import Plan, State, make_plan, stack_states, state_axes, unstack_state
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_Layout = dict[str, tuple[tuple[int, ...] | None, torch.dtype | None]]  # of state tensors; an int has neither
+_META = torch.device("meta")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True)
 class _Match:
-    """A parameter and its state in a state dict, beside the state that it needs, whole and on the meta device."""
+    """A parameter and a state for it, beside what it needs of one."""
 
     name: str
     param: Tensor
     plan: Plan
     saved: State
-    wanted: State
+    wanted: _Layout
     axes: dict[str, tuple[Axes, tuple[int, ...]]]
 
 
@@ -77,9 +79,7 @@ class StatefulOptimizer(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
         group = canonical(param_group, where)
-        check({**self.defaults, **group}, where)
-        if group.get("rank") is not None and self.projector is None:
-            raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
+        self._check_group(group, f"group {len(self.param_groups)}")
         params = group["params"]
         if not isinstance(params, set):  # which torch refuses
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -88,6 +88,12 @@ class StatefulOptimizer(Optimizer):
                 name, param = entry if isinstance(entry, tuple) else (f"parameter {i}", entry)
                 self._refuse_param(param, name, where, taken)
         super().add_param_group(group)
+
+    def _check_group(self, group: dict[str, Any], which: str) -> None:
+        where = f"{type(self).__name__}: {which}"
+        check({**self.defaults, **group}, where)
+        if group.get("rank") is not None and self.projector is None:
+            raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
 
     @staticmethod
     def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
@@ -99,8 +105,8 @@ class StatefulOptimizer(Optimizer):
         if id(param) in taken:
             raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
         taken[id(param)] = name
-        if param.dtype not in _DTYPES:
-            raise TypeError(f"{name} is {param.dtype}; optimizable are float32, float64, bfloat16 and float16")
+        if param.dtype not in DTYPES and param.requires_grad:  # quantised weights are frozen
+            raise TypeError(f"{name} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
         try:
             distributed.Layout.of(param)
         except ValueError as error:
@@ -128,14 +134,19 @@ class StatefulOptimizer(Optimizer):
         """What errors call a tensor of this optimizer."""
         return next(name_in(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
 
-    @staticmethod
-    def _check_state(name: str, plan: Plan, group: dict[str, Any], state: State) -> None:
-        why, (_, shape) = storage.mismatch(plan.whole, state), storage.kept_shape(plan.whole, "exp_avg")
-        if why is None and state["exp_avg"].shape != shape:
-            why = f"state of shape {tuple(state['exp_avg'].shape)}, but rank={group['rank']!r} and "
-            why += f"proj_type={group['proj_type']!r} need {shape}"
-        if why is not None:
-            raise ValueError(f"{name} has {why}; keep what the run began with")
+    def _check_state(self, position: int, index: int, i: int, param: Tensor, plan: Plan) -> None:
+        """Refuse state that is not of this plan; bring it along where the parameter has been moved or cast."""
+        group, state, wanted = self.param_groups[index], self.state[param], self._wanted(plan)
+        wrong = [key for key in wanted.keys() | state.keys() if _shape(state.get(key)) != wanted.get(key, (None,))[0]]
+        if wrong:
+            why = storage.mismatch(plan.whole, state)
+            if why is None:
+                key = "exp_avg" if "exp_avg" in wrong else min(wrong)
+                why = f"{key} of shape {_shape(state.get(key))}, but rank={group['rank']!r} and "
+                why += f"proj_type={group['proj_type']!r} need {wanted.get(key, (None,))[0]}"
+            raise ValueError(f"{name_in(group, i)} has {why}; keep what the run began with")
+        if state["step"].dtype != plan.state_dtype or state["step"].device != plan.device:
+            state.update(self._adopted(self._match(position, index, i, param, group, state)))
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
         numbers = plan.members or [0]  # a rank without a matrix of the stack has state of its shape, and no elements
@@ -147,6 +158,9 @@ class StatefulOptimizer(Optimizer):
         for key, (axes, shape) in self._axes(plan, group, position).items():
             state[key] = plan.sharding.spread(state[key], axes, shape)
         return state
+
+    def _wanted(self, plan: Plan) -> _Layout:
+        return _layout(plan.whole, self.dense_rule if plan.side is None else self.rule, self.projector)
 
     def _axes(self, plan: Plan, group: dict[str, Any], position: int) -> dict[str, tuple[Axes, tuple[int, ...]]]:
         """The state tensors that are DTensors: all of a sharded parameter's but the step count."""
@@ -205,7 +219,9 @@ class StatefulOptimizer(Optimizer):
         """
         if self.state:
             self.allocate_state()
-        return super().state_dict()
+        saved = super().state_dict()
+        groups = [{key: plain(value) for key, value in group.items()} for group in saved["param_groups"]]
+        return {**saved, "param_groups": groups}  # schedulers write what their functions return
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
@@ -213,21 +229,23 @@ class StatefulOptimizer(Optimizer):
         Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
-            ValueError: the state is of another optimizer, rank or model. Nothing has been changed then.
+            ValueError: the state is of another optimizer, rank or model, or its parameters, by their names, come in
+                another order, or an option of a group is out of range. Nothing has been changed then.
         """
-        loaded: dict[str, Any] = {}
+        states: dict[Tensor, State] = {}
 
-        def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            for match in self._matched(incoming):
+        def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            for index, group in enumerate(incoming["param_groups"]):
+                self._check_group(group, f"group {index} of the checkpoint")
+            matches = list(self._matched(incoming))
+            self._check_order(incoming["param_groups"])
+            for match in matches:
                 self._check_loaded(match)
-            loaded.update(incoming)
+            states.update((match.param, self._adopted(match)) for match in matches)
+            return {**incoming, "state": {}}  # torch would cast it to the dtype of the parameters
 
         def restore(_: Optimizer) -> None:
-            for match in self._matched(loaded):
-                for key, value in match.saved.items():
-                    if isinstance(value, Tensor):
-                        value = self._placed(match, key, value.detach())
-                    self.state[match.param][key] = value
+            self.state.update(states)
 
         # As hooks, so that hooks of the user's run before and after in the usual order.
         handles = (
@@ -250,10 +268,23 @@ class StatefulOptimizer(Optimizer):
             saved = state_dict["state"].get(groups[index]["params"][i])
             if saved:
                 group = {**self.defaults, **groups[index], "params": self.param_groups[index]["params"]}
-                plan = plan_for(param, group)
-                wanted = self._init_state(replace(plan.whole, device=torch.device("meta")), group, position)
-                axes = self._axes(plan, group, position)
-                yield _Match(name_in(self.param_groups[index], i), param, plan, saved, wanted, axes)
+                yield self._match(position, index, i, param, group, saved)
+
+    def _match(self, position: int, index: int, i: int, param: Tensor, group: dict[str, Any], state: State) -> _Match:
+        plan = plan_for(param, group)
+        axes = self._axes(plan, group, position)
+        return _Match(name_in(self.param_groups[index], i), param, plan, state, self._wanted(plan), axes)
+
+    def _check_order(self, groups: list[dict[str, Any]]) -> None:
+        """Refuse parameters whose names tell of another order: state goes by the order alone, as in torch."""
+        saved = [str(name) for group in groups for name in group.get("param_names", ())]
+        names = [str(name) for group in self.param_groups for name in group.get("param_names", ())]
+        if saved != names and sorted(saved) == sorted(names):
+            there, here = next(pair for pair in zip(saved, names, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint has {there} in the place of {here}; give the parameters in the order of the run that "
+                "wrote it"
+            )
 
     def _check_loaded(self, match: _Match) -> None:
         if why := storage.mismatch(match.plan.whole, match.saved):
@@ -264,23 +295,30 @@ class StatefulOptimizer(Optimizer):
                 f"{', '.join(sorted(match.wanted))}; load it into the optimizer, with the rank and options, that wrote "
                 "it"
             )
-        for key, value in match.wanted.items():
-            given, needed = _describe(match.saved[key]), _describe(value)
+        for key, (shape, _) in match.wanted.items():
+            given, needed = _describe(match.saved[key]), "of type int" if shape is None else _described(shape)
             if given != needed:
                 raise ValueError(
                     f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
                     f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
                 )
 
+    @classmethod
+    def _adopted(cls, match: _Match) -> State:
+        """The state in question in its own dtypes, where and as this parameter's is kept; it shares no memory."""
+        return {
+            key: cls._placed(match, key, value.detach()) if isinstance(value, Tensor) else value
+            for key, value in match.saved.items()
+        }
+
     @staticmethod
     def _placed(match: _Match, key: str, value: Tensor) -> Tensor:
-        """A copy of a loaded tensor in its own dtype, where and as this parameter's is kept."""
         axes, _ = match.axes.get(key, (None, None))
         value = distributed.whole(value) if axes is None else match.plan.sharding.placed(value, axes)
         # Ints of stacked states are read at every step: on a GPU that would wait for it.
         here = value.dtype != torch.int64 or axes is not None
         device = match.param.device if here else torch.device("cpu")
-        return value.to(device, match.wanted[key].dtype, copy=True, memory_format=torch.contiguous_format)
+        return value.to(device, match.wanted[key][1], copy=True, memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")
@@ -347,5 +385,23 @@ def name_in(group: dict[str, Any], i: int) -> str:
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
 
 
+@lru_cache(maxsize=4096)
+def _layout(plan: Plan, rule: Rule, projector: Projector | None) -> _Layout:
+    """Of the state of a whole parameter."""
+    bases = projector.init(replace(plan, device=_META), 0) if plan.side and projector else {}
+    member = storage.allocated(replace(plan, device=_META), lambda own: rule.init(own) | bases)
+    state = member if plan.stack is None else stack_states([member] * plan.stack)
+    return {key: (_shape(value), value.dtype if isinstance(value, Tensor) else None) for key, value in state.items()}
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
 def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+    shape = _shape(value)
+    return f"of type {type(value).__name__}" if shape is None else _described(shape)
+
+
+def _described(shape: tuple[int, ...]) -> str:
+    return f"a tensor of shape {shape}"

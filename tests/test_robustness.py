@@ -1,6 +1,8 @@
 """Bad gradients, odd tensors, strange strides: defined behaviour, finite weights, nothing half done."""
 
 import math
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -470,7 +472,7 @@ def test_a_refused_step_changes_nothing(cls, fault, fresh):
         error, message = TypeError, "experts has a torch.sparse_coo gradient; use a dense one"
     else:
         opt.param_groups[-1]["rank"] = 1
-        error, message = ValueError, r"experts has state of shape .*rank=1"
+        error, message = ValueError, r"experts has exp_avg of shape .*rank=1"
     weights = snapshot(params)
     state = {param: {k: torch.as_tensor(v).clone() for k, v in kept.items()} for param, kept in opt.state.items()}
     with pytest.raises(error, match=message):
@@ -479,6 +481,211 @@ def test_a_refused_step_changes_nothing(cls, fault, fresh):
     assert set(opt.state) == set(state)
     for param, kept in state.items():
         assert all(torch.equal(torch.as_tensor(opt.state[param][k]), v) for k, v in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("lr", NAN), ("lr", INF), ("lr", -0.1), ("lr", "fast"), ("lr", torch.tensor(NAN)), ("betas", (1.0, 1.0))],
+        *[("betas", (0.9,)), ("eps", -1.0), ("weight_decay", NAN), ("update_proj_gap", "10"), ("scale", NAN)],
+        *[("transform", "gram"), ("moments", "rotated"), ("rounding", "up"), ("proj_type", "both"), ("state_bits", 7)],
+    ],
+    ids=str,
+)
+@by_name
+def test_an_option_that_went_wrong_on_the_way_is_refused_before_anything_changes(cls, key, value):
+    """By a schedule, or by hand: a learning rate of NaN would cost the run."""
+    params = net(names=("tall", "vector", "experts"))
+    opt = cls(groups(params), lr=0.1, rank=RANK)
+    train(params, opt, range(1))
+    weights = snapshot(params)
+    right, opt.param_groups[-1][key] = opt.param_groups[-1][key], value
+    with pytest.raises(ValueError, match=f"group 1: {key}=.* must be "):
+        train(params, opt, range(1, 2))
+    assert_same(snapshot(params), weights)
+    opt.param_groups[-1][key] = right
+    train(params, opt, range(1, 2))
+    assert all((state["step"] == 2).all() for state in opt.state.values())
+
+
+def test_a_schedule_that_ends_a_rounding_below_zero_goes_on():
+    params = net(names=("tall",))
+    opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.1, end_factor=0.0, total_iters=10)
+    for step in range(12):
+        train(params, opt, [step])
+        schedule.step()
+    assert -1e-15 < opt.param_groups[0]["lr"] < 0
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (12, 20), (14, 7), (84,)], ids=str)
+@by_name
+def test_a_weight_of_another_shape_is_refused_before_anything_changes(cls, shape):
+    """`p.data = ...` keeps the parameter and its state; of (12, 9) the moments would even fit."""
+    params = net(names=("twin", "tall"))
+    opt = cls([{"params": [(name, params[name])]} for name in ("twin", "tall")], lr=0.1, rank=RANK)
+    train(params, opt, range(2))
+    params["tall"].grad = None
+    params["tall"].data = noise(1, shape).float()
+    params["tall"].grad = params["tall"].data.clone()
+    params["twin"].grad = noise(2, (12, 7)).float()
+    weights = snapshot(params)
+    with pytest.raises(ValueError, match=r"tall has exp_avg|tall has basis|tall has exp_avg_sq_col"):
+        opt.step()
+    assert_same(snapshot(params), weights)
+
+
+class Interrupt:
+    """A Ctrl-C when a given line of the package is reached; counts lines otherwise."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, argument):
+        if "subspace_optim" not in frame.f_code.co_filename:
+            return None
+        self.lines += event == "line"
+        if event == "line" and self.lines == self.at:
+            raise KeyboardInterrupt
+        return self
+
+    def during(self, call):
+        """Whether there was none: how often a line is reached depends on what has been cached."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.settrace(before)
+        return True
+
+
+@pytest.mark.parametrize(("started", "bits"), [(False, 32), (True, 8)])
+@by_name
+def test_ctrl_c_within_a_step_costs_no_more_than_the_step(cls, started, bits):
+    """At any line of ours: the run goes on from the weights and the state as they are."""
+
+    def before_a_step():
+        params = net(torch.bfloat16, names=("tall", "conv", "vector", "experts"))
+        opt = cls(groups(params), lr=0.01, rank=RANK, update_proj_gap=2, stagger=False, state_bits=bits)
+        train(params, opt, range(2 * started))
+        set_gradients(params, 2)
+        return params, opt
+
+    whole, interrupted = Interrupt(0), 0
+    assert whole.during(before_a_step()[1].step)
+    for at in range(1, whole.lines, whole.lines // 8):
+        params, opt = before_a_step()
+        interrupted += not Interrupt(at).during(opt.step)
+        before = snapshot(params)
+        train(params, opt, range(3, 5))
+        assert finite(opt, params)
+        # Two steps of about lr an element; a half-taken one before them makes them larger by less than √10.
+        moved = max(float((params[name].detach() - before[name]).abs().max()) for name in params)
+        assert 1e-4 < moved < 2 * 0.01 * 10
+    assert interrupted
+
+
+def test_ctrl_c_within_a_load_leaves_state_that_can_be_stepped():
+    """Torch's own load casts moments to the dtype of the parameters; nobody may ever meet those."""
+
+    def trained():
+        params = net(torch.bfloat16)
+        opt = so.GaLore(groups(params), lr=0.01, rank=RANK)
+        train(params, opt, range(2))
+        return params, opt
+
+    saved = trained()[1].state_dict()
+    _, opt = trained()
+    whole = Interrupt(0)
+    assert whole.during(partial(opt.load_state_dict, saved))
+    interrupted = 0
+    for at in range(1, whole.lines, whole.lines // 30):
+        params, opt = trained()
+        interrupted += not Interrupt(at).during(partial(opt.load_state_dict, saved))
+        train(params, opt, range(2, 3))
+        kept = [t.dtype for state in opt.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        assert set(kept) == {torch.float32, torch.int64}  # the latter: how old the bases of the experts are
+    assert interrupted
+
+
+# Tensors that change under the optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@by_method
+def test_a_model_that_is_cast_in_the_middle_goes_on(method, dtype):
+    """`model.to(dtype)` keeps the parameters; float64 ones take float64 state along, and bring it back."""
+    params = net()
+    opt = build(method, params, rounding="nearest")  # with kahan, what is kept depends on the dtype: see test_storage
+    train(params, opt, range(GAP))
+    steps = opt.state[params["tall"]]["step"].clone()
+    for there in (dtype, torch.float32):
+        params.to(there)
+        train(params, opt, range(GAP, GAP + 2))
+        assert finite(opt, params)
+        for param in params.values():
+            wide = torch.float64 if there == torch.float64 else torch.float32
+            assert opt.state[param]["step"].dtype == wide
+    assert opt.state[params["tall"]]["step"] == steps + 4
+
+
+def test_state_that_is_cast_is_the_same_state():
+    """To float64 and back between two steps is no step at all."""
+    ends = []
+    for cast in (False, True):
+        params = net()
+        opt = so.GaLore(groups(params), lr=0.1, rank=RANK, update_proj_gap=2)
+        train(params, opt, range(2))
+        if cast:
+            before = snapshot(params)
+            params.double()
+            train(params, opt, range(0))
+            for param in params.values():
+                param.grad = torch.full_like(param, NAN)  # looked at, and not stepped
+            opt.step()
+            assert {state["step"].dtype for state in opt.state.values()} == {torch.float64}
+            params.float()
+            assert_same(snapshot(params), before)
+        train(params, opt, range(2, 5))
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@by_method
+def test_the_default_dtype_does_not_matter(method, dtype):
+    ends = []
+    for default in (torch.float32, dtype):
+        torch.set_default_dtype(default)
+        try:
+            params = net()
+            opt = build(method, params)
+            train(params, opt, range(GAP + 2))
+            opt.load_state_dict(opt.state_dict())
+            train(params, opt, range(2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
+@by_name
+def test_quantised_weights_may_lie_beside_what_is_trained(cls):
+    """Frozen, as under QLoRA; `model.parameters()` holds them all."""
+    params = net(names=("tall", "vector"))
+    frozen = [torch.nn.Parameter(torch.ones(8, 6).to(d), requires_grad=False) for d in (torch.uint8, torch.float8_e5m2)]
+    opt = cls([*params.values(), *frozen], lr=0.1, rank=RANK)
+    train(params, opt, range(2))
+    opt.load_state_dict(opt.state_dict())
+    assert len(opt.state) == 2
+    assert "2      parameter 2 of shape (8, 6), …  frozen" in opt.summary()
+    params["tall"].data = params["tall"].data.to(torch.complex64)
+    params["tall"].grad = torch.ones_like(params["tall"])
+    with pytest.raises(TypeError, match=r"parameter 0 .* is torch.complex64; optimizable are "):
+        opt.step()
 
 
 @by_method

@@ -2,11 +2,15 @@
 
 import copy
 import inspect
+import io
+import math
 import warnings
 
+import numpy
 import pytest
 import torch
 from cases import METHODS, PROJECTED
+from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler
 from training import (
     ALL_METHODS,
@@ -407,13 +411,21 @@ def test_a_bad_value_names_the_option_the_value_and_the_mend(key, value):
 
 
 BAD_PARAMS = {
-    "integer": (lambda: torch.zeros(3, 4, dtype=torch.int64), TypeError, "is torch.int64; optimizable are float32"),
-    "complex": (lambda: torch.zeros(3, 4, dtype=torch.complex64), TypeError, "is torch.complex64; optimizable are"),
+    "float8": (
+        lambda: parameter_of(torch.float8_e4m3fn),
+        TypeError,
+        "is torch.float8_e4m3fn; optimizable are torch.fl",
+    ),
+    "complex": (lambda: parameter_of(torch.complex64), TypeError, "is torch.complex64; optimizable are torch.float32"),
     "non_leaf": (lambda: weight() * 2, ValueError, "is a non-leaf Tensor.*give the parameter itself"),
     "not_a_tensor": (lambda: "weights", TypeError, "is a str; give tensors"),
     "taken": (lambda: SHARED, ValueError, "of shape .12, 7. is first as well; a tensor may appear once"),
 }
 SHARED = weight()
+
+
+def parameter_of(dtype):
+    return torch.nn.Parameter(torch.zeros(3, 4).to(dtype))
 
 
 @pytest.mark.parametrize("name", BAD_PARAMS)
@@ -449,6 +461,68 @@ def test_a_backend_that_does_not_exist_is_refused(cls):
 def test_compat_takes_only_official(cls):
     with pytest.raises(ValueError, match="compat='offical' must be None or 'official'"):
         cls([weight()], compat="offical")
+
+
+def test_no_schedule_drives_the_basis_faster_than_its_rate():
+    """CyclicLR begins at its lowest rate, which a peak that is 1000 times as high would multiply."""
+    bases = []
+    for begun_at in (0.1, 1e-4):
+        params = net(names=("tall",))
+        opt = so.OnlineSubspaceDescent(params.values(), lr=0.1, rank=RANK)
+        opt.param_groups[0]["initial_lr"] = begun_at
+        train(params, opt, range(4))
+        bases.append(opt.state[params["tall"]]["basis"])
+    assert torch.equal(*bases)
+
+
+def test_numpy_numbers_are_numbers():
+    """And leave none of their own in a checkpoint, which the default torch.load would refuse."""
+    options = {"rank": numpy.int64(2), "lr": numpy.float32(0.1), "betas": (numpy.float64(0.5), numpy.float32(0.5))}
+    params = net(names=("tall",))
+    opt = so.GaLore(params.values(), **options, weight_decay=numpy.float16(0))
+    for lambda_lr in (lambda _: numpy.float64(0.5), lambda _: numpy.float32(0.5)):
+        schedule = lr_scheduler.LambdaLR(opt, lambda_lr)
+        train(params, opt, range(2))
+        schedule.step()
+        assert isinstance(opt.param_groups[0]["lr"], numpy.floating)
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        opt.load_state_dict(torch.load(file))
+        assert type(opt.param_groups[0]["lr"]) is float
+
+
+def test_a_group_of_a_checkpoint_is_checked_as_any_other():
+    params = net(names=("tall", "vector"))
+    opt = so.GaLore(groups(params), rank=RANK)
+    train(params, opt, range(1))
+    saved = opt.state_dict()
+    for key, value in (("lr", math.nan), ("rank", -3), ("update_proj_gap", "ten"), ("transform", "gram")):
+        wrong = copy.deepcopy(saved)
+        wrong["param_groups"][0][key] = value
+        with pytest.raises(ValueError, match=f"group 0 of the checkpoint: {key}={value!r} must be "):
+            opt.load_state_dict(wrong)
+    assert opt.state_dict()["param_groups"] == saved["param_groups"]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_checkpoint_in_another_order_is_refused_where_names_tell(split):
+    """Torch goes by the order: the state of two equal matrices would change places without a word."""
+    params = net(names=("tall", "twin"))
+
+    def optimizer(*names):
+        named = [(name, params[name]) for name in names]
+        return so.GaLore([{"params": [pair]} for pair in named] if split else named, rank=RANK)
+
+    opt = optimizer("tall", "twin")
+    train(params, opt, range(1))
+    other = optimizer("twin", "tall")
+    with pytest.raises(ValueError, match="the checkpoint has tall in the place of twin; give the parameters in the "):
+        other.load_state_dict(opt.state_dict())
+    assert not other.state
+    renamed = so.GaLore([(f"module.{name}", params[name]) for name in ("tall", "twin")], rank=RANK)
+    if not split:
+        renamed.load_state_dict(opt.state_dict())  # a wrapper's prefix says nothing of the order
 
 
 # Hooks
