@@ -187,7 +187,6 @@ class SubspaceOptimizer(StatefulOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @_in_eager
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient.
@@ -210,11 +209,15 @@ class SubspaceOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @_in_eager  # and not the closure, as trainers call a compiled model in one
+    def _step(self) -> None:
         self.observer.begin()
         for work in self._collect():
             self._step_bucket(work)
         self.lows.clear()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch does, and forget what was projected ahead of the step."""

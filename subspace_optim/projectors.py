@@ -303,7 +303,7 @@ class OnlinePCA(SVD):
         proj_type: see Projector.
         method: of the start, see SVD.
         iterations: of the start, see SVD.
-        basis_lr: step size of the basis, times lr_t/lr_initial (at most 1). 0.005 is the paper's 5·lr at its lr of 0.001.
+        basis_lr: step size of the basis, times lr_t/lr_initial (at most 1). 0.005 is the paper's 5·lr at lr 0.001.
         basis_betas: of Adam on the basis.
         basis_weight_decay: decoupled, of the basis.
         orth_lambda: weight of the penalty ‖QᵀQ - I‖².

@@ -224,6 +224,24 @@ def test_closures_get_gradients_under_no_grad_and_leave_the_mode_alone():
     assert param.grad is not None
 
 
+def test_a_compiled_step_is_no_graph_for_every_number_it_branches_on():
+    """And what a closure calls stays compiled."""
+    graphs = CompileCounter()
+    params, other = net(names=("tall", "vector")), net(names=("tall", "vector"))
+    opt, straight = (so.GaLore(groups(p), lr=0.1, rank=RANK, update_proj_gap=2) for p in (params, other))
+    step = torch.compile(opt.step, backend=graphs)
+    for i in range(4):
+        set_gradients(params, i)
+        step()
+    train(other, straight, range(4))
+    assert_same(snapshot(params), snapshot(other))
+    assert graphs.frame_count == 0
+
+    loss = torch.compile(lambda: (params["tall"] ** 2).sum(), backend=graphs)
+    opt.step(lambda: loss().backward())
+    assert graphs.frame_count == 1
+
+
 def test_step_without_closure_returns_none():
     param = weight()
     opt = so.GaLore([param], rank=RANK)
