@@ -346,10 +346,10 @@ class Sharded:
         self.encode_, self.decode = kernel.encode_, kernel.decode
 
     def grad_max(self, grads: list[Tensor]) -> Tensor:
-        """Of this rank's shards: the engine reduces all buckets at once."""
-        if grads[0].numel():
-            return self._kernel.grad_max(grads)
-        return torch.zeros(len(grads), dtype=torch.float64, device=grads[0].device)
+        """Of this rank's shards, with NaN as ∞, since a MAX over ranks may drop NaN: the engine reduces all buckets."""
+        if grads and grads[0].numel():
+            return self._kernel.grad_max(grads).nan_to_num_(math.inf, math.inf)
+        return torch.zeros(len(grads), dtype=torch.float64, device=self._sharding.mesh.device_type)
 
     def project(self, grads: list[Tensor], bases: list[Tensor], side: Any, dtype: torch.dtype) -> list[Tensor]:
         """R, summed over the shards of the contracted dimension: one collective for all of the list."""

@@ -66,7 +66,7 @@ def placements(layout, name):
 MESHES = {
     2: {"rows": ((2,), (0,)), "columns": ((2,), (1,)), "stacks": ((2,), (-1,)), "copies": ((2,), (None,))},
     3: {"rows": ((3,), (0,)), "columns": ((3,), (1,)), "stacks": ((3,), (-1,))},
-    4: {"hybrid": ((2, 2), (None, 0)), "both": ((2, 2), (0, 1))},
+    4: {"hybrid": ((2, 2), (None, 0)), "both": ((2, 2), (0, 1)), "stacks": ((4,), (-1,))},  # of three experts
 }
 CASES = [
     (world, mesh, name, side)
