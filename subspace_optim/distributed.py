@@ -52,6 +52,22 @@ def flattened_by(tensor: Tensor) -> str | None:
     return "DeepSpeed's ZeRO" if hasattr(tensor, "ds_id") or "deepspeed" in sys.modules else None
 
 
+def check_replicas(name: str, tensor: Tensor, group: Any) -> None:
+    """Make sure that a process group holds copies of this rank's shard, and no other shards.
+
+    Raises:
+        ValueError: it holds other ranks of the mesh of the DTensor.
+    """
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    others = set(mesh.mesh.flatten().tolist()) & set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
+    if others:
+        raise ValueError(
+            f"{name} lies on {mesh}, and the group holds ranks {sorted(others)} of it, which have other shards, or "
+            "copies that are averaged already; of a mesh with the dimensions replicas and shards give fully_shard "
+            "mesh['shards'] alone, and here mesh['replicas'].get_group()"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the shards of a DTensor are.

@@ -270,15 +270,16 @@ class SubspaceOptimizer(StatefulOptimizer):
         group, plan, state = self.param_groups[index], self.plan_of(index, param), self.state[param]
         position = next(position for position, _, _, own in self._positions() if own is param)
         assert param.grad is not None
-        grads, kernel = plan.matrices(param.grad), select.resolve(self.backend, plan)
-        if not (kernel.grad_max(grads) <= GRAD_LIMIT).all():
+        grads, kernel = self._grads(plan, param), select.resolve(self.backend, plan)
+        (largest,) = plan.sharding.max([kernel.grad_max(grads)])
+        if not (largest <= GRAD_LIMIT).all():
             return
         if not state:
             state.update(self._init_state(plan, group, position))
-        entry = _Entry(param, plan.matrices(param), state, member_states(plan, state))
+        entry = _Entry.of(plan, param, state)
         bucket = Bucket(plan, group["rounding"] == "stochastic", entry.matrices, grads, entry.members)
-        bucket.orders = [position + j for j in range(len(bucket))]
-        bucket.streams = [self._stream(plan, position, j) for j in range(len(bucket))]
+        bucket.orders = [position + j for j in plan.members]
+        bucket.streams = [self._stream(plan, position, j) for j in plan.members]
         for part in storage.parts(bucket, self.rule.takes_codes):
             opened = storage.opened(part, kernel, self.rule.takes_codes)
             self._refresh(group, opened, _hyper(group, plan), kernel)

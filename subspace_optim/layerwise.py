@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as dense_linear
 
+from .distributed import check_replicas, is_sharded, settled_grad
 from .engine import SubspaceOptimizer
 from .types import Plan, Side
 
@@ -72,7 +73,8 @@ def project_in_backward(
     theirs always.
 
     Clip by `opt.clip_grad_norm_`: torch.nn.utils.clip_grad_norm_ cannot see R. On several ranks leave
-    DistributedDataParallel out and call `average_gradients` before the step.
+    DistributedDataParallel out and call `average_gradients` before the step. Under fully_shard the gradient of a shard
+    is projected as soon as it has been reduced, and nothing more is to be called.
 
     Args:
         model: a module, or tensors; those that the optimizer projects are served, the others left alone.
@@ -89,7 +91,7 @@ def project_in_backward(
         A handle with `remove()`, also a context manager.
 
     Raises:
-        TypeError: an argument is of a type that cannot be served.
+        TypeError: an argument is of a type that cannot be served; with linear=True also the weights of sharded layers.
         ValueError: the method needs whole gradients at every step (Flora, Online Subspace Descent, GradNormLoRP,
             APOLLO), or the optimizer projects none of the tensors.
         RuntimeError: the optimizer is served already, or a tensor has a post-accumulate hook.
@@ -119,22 +121,28 @@ def project_in_backward(
     groups = {param: index for index, group in enumerate(opt.param_groups) for param in group["params"]}
     chosen = {p: name for name, p in named if p in groups and p.requires_grad and opt.plan_of(groups[p], p).side}
     for param, name in chosen.items():
-        if hasattr(param, "device_mesh"):
-            raise TypeError(f"{name} is a DTensor; gradients of sharded parameters are not projected within backward")
         if param._post_accumulate_grad_hooks:
             raise RuntimeError(f"{name} has a post-accumulate hook already, which would find no gradient; remove it")
     if not chosen:
         raise ValueError("the optimizer projects none of these tensors, so there is nothing to serve")
 
+    layers: list[Any] = []  # an attribute that replaces a method has no type
+    module: Any
+    for module in model.modules() if linear and isinstance(model, nn.Module) else ():
+        if getattr(module.forward, "__func__", None) is nn.Linear.forward and module.weight in chosen:
+            if is_sharded(module.weight):
+                raise TypeError(
+                    f"linear=True: {chosen[module.weight]} is a DTensor, whose layer computes with more than is kept "
+                    "here of it; leave linear out, and its gradient is projected once it has been reduced"
+                )
+            layers.append(module)
+
     handle = ProjectedBackward(opt)
     replaced: set[Tensor] = set()
-    if linear and isinstance(model, nn.Module):
-        module: Any  # an attribute that replaces a method has no type
-        for module in model.modules():
-            if getattr(module.forward, "__func__", None) is nn.Linear.forward and module.weight in chosen:
-                module.forward = _Linear(module, opt, groups[module.weight])
-                handle._undo.append(partial(delattr, module, "forward"))
-                replaced.add(module.weight)
+    for layer in layers:
+        layer.forward = _Linear(layer, opt, groups[layer.weight])
+        handle._undo.append(partial(delattr, layer, "forward"))
+        replaced.add(layer.weight)
     for param, name in chosen.items():
         # A replaced weight has one as well: for its whole gradients, and for other uses of it.
         hook = partial(_project, opt, groups[param], name, early)
@@ -162,10 +170,11 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
 
     Args:
         opt: the optimizer of this rank.
-        group: of ranks; all by default.
+        group: of ranks; all by default. Of sharded parameters, the ranks that hold copies of one shard.
 
     Raises:
         RuntimeError: there is no process group, or ranks differ in their bases or in what they projected.
+        ValueError: the group holds other shards of a parameter.
         TypeError: a gradient is sparse.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -173,6 +182,9 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
     if opt.in_backward == "early" and opt.projector is not None and opt.projector.needs_gradient:
         raise RuntimeError("average_gradients: with early=True every rank has bases of its own gradients; leave it out")
     params = [(index, p) for index, g in enumerate(opt.param_groups) for p in g["params"] if p.requires_grad]
+    for _, param in params:
+        if is_sharded(param):
+            check_replicas(f"average_gradients: {opt.name_of(param)}", param, group)
     device = params[0][1].device if params else torch.device("cpu")
     held = torch.tensor([(p in opt.lows, p.grad is not None) for _, p in params], dtype=torch.int32, device=device)
     dist.all_reduce(held, group=group)
@@ -186,12 +198,12 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
         if ahead and param not in opt.lows:
             plan = opt.plan_of(index, param)
             low = torch.zeros(plan.low_shape, dtype=plan.state_dtype, device=plan.device)
-            opt.add_low(param, [low.clone() for _ in range(plan.stack or 1)])
+            opt.add_low(param, [low.clone() for _ in plan.members])
         elif whole and param.grad is None:
             param.grad = torch.zeros_like(param)
         if param.grad is not None and param.grad.layout != torch.strided:
             raise TypeError(f"{opt.name_of(param)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
-        for tensor in opt.lows.get(param, ()) if ahead else [param.grad] * bool(whole):
+        for tensor in opt.lows.get(param, ()) if ahead else [settled_grad(param)] * bool(whole):
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for tensors in alike.values():
         for part in _parts(tensors):

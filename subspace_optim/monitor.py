@@ -33,7 +33,8 @@ class LayerReport:
         captured: ‖GQ‖²/‖G‖² in [0, 1], with Q made orthonormal: the share of the gradient's energy inside the subspace.
             G is what the rule projects, for GradNormLoRP the tangential gradient.
         captured_ema: its moving average over the looks, decay 0.9.
-        update_ratio: ‖ΔW‖/‖W‖ of one step, decay and rounding included, on evenly spaced rows of at most 2¹⁸ elements.
+        update_ratio: ‖ΔW‖/‖W‖ of one step, decay and rounding included, on evenly spaced rows of at most 2¹⁸ elements
+            (of every shard).
         overlap: ‖Q_oldᵀQ_new‖²/r in [0, 1] of the last refresh: the share of the old subspace that the new one keeps.
         refreshes: since watching began, the first basis among them.
         refresh_seconds: spent in them.

@@ -126,6 +126,34 @@ def coded(rank, bits, feedback):
     return float((total @ basis - meant).norm() / meant.norm()), state.bytes_sent - before
 
 
+def coded_half(rank, steps, saved=None, feedback=True):
+    """Some steps with 8-bit messages, from a checkpoint of this rank or from the start."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 7))
+    opt = optimizer(net, update_proj_gap=5)
+    parallel = DistributedDataParallel(net)
+    state = ProjectedState(opt, bits=8)
+    parallel.register_comm_hook(state, projected_allreduce_hook)
+    if saved:
+        net.load_state_dict(saved["weights"])
+        opt.load_state_dict(saved["optimizer"])
+        if feedback:
+            state.load_state_dict(saved["messages"])
+    for step in steps:
+        (parallel(noise(step, (RANKS, 6, 8))[rank].float()) * noise(50, (6, 7)).float()).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    return {"weights": net.state_dict(), "optimizer": opt.state_dict(), "messages": state.state_dict()}
+
+
+def resumed(rank, folder):
+    """The run, the same in two halves, and without the error feedback in the second."""
+    path = folder / f"half-{rank}.pt"
+    torch.save(coded_half(rank, range(4)), path)
+    halves = [coded_half(rank, range(4, 12), torch.load(path), feedback) for feedback in (True, False)]
+    return [run["weights"] for run in (coded_half(rank, range(12)), *halves)]
+
+
 def bad(rank):
     """A gradient that is not finite on one rank is skipped on both, and leaves no error behind."""
     torch.manual_seed(0)
@@ -194,6 +222,7 @@ def main(folder):
     found |= {f"coded {bits} {feedback}": coded(rank, bits, feedback) for bits in (8, 4) for feedback in (False, True)}
     found["coded None True"] = coded(rank, None, True)
     found["bad"] = bad(rank)
+    found["resumed"] = resumed(rank, folder)
     found["early"] = message(RuntimeError, early)
     found["apart"] = message(RuntimeError, lambda: apart(rank))
     torch.save(found, folder / f"{rank}.pt")

@@ -5,6 +5,7 @@ One launch runs every world size, one after the other, because starting a proces
 
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from training import ALL_METHODS, noise
 from training import FIVE as BY_NAME
 
 import subspace_optim as so
+from subspace_optim.integrations.ddp import ProjectedState
+from subspace_optim.integrations.fsdp import projected_allreduce
 
 GAP, RANK, STEPS, MOST = 3, 2, 8, 4
 LIMIT = 400  # seconds; ranks of a larger world wait for the smaller ones
@@ -264,6 +267,27 @@ def exchanged(mesh, layout):
     return ends
 
 
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def watched(mesh=None, layout=()):
+    """What every method reports; one gradient is not finite, on one rank."""
+    seen = {}
+    for name in FIVE:
+        params = net(mesh, layout)
+        opt = build(name, params)
+        opt.watch(every=2)
+        train(params, opt, range(STEPS))
+        grad = noise(0, SHAPES["wide"])
+        grad[-1, -1] = torch.nan
+        if mesh is not None:
+            grad = distribute_tensor(grad, mesh, params["wide"].placements, src_data_rank=None)
+        params["wide"].grad = grad
+        opt.step()
+        seen[name] = [replace(layer, refresh_seconds=0.0) for layer in opt.report()]
+    return seen
+
+
 # ---- what is sent, what is kept, what is refused ---------------------------------------------------------------------
 
 TRAFFIC = [("rows", "right"), ("rows", "left"), ("columns", "right"), ("columns", "left"), ("rows", "local")]
@@ -388,7 +412,145 @@ def refusals(meshes):
     attempt("cut", so.GaLore([("conv", conv)], rank=2).step)
     table = nn.Parameter(distribute_tensor(noise(0, (6, 8)), mesh, [Shard(1)], src_data_rank=None))
     table.grad = torch.zeros_like(table)
+    sharded = fully_sharded(mlp())
+    opt = optimizer("galore", sharded)
+    attempt("linear", lambda: so.project_in_backward(sharded, opt, linear=True))
+    attempt("average", lambda: so.average_gradients(opt))
     attempt("blocks", so.GaLore([("table", table)], rank=None, state_bits=8).step)
+    return said
+
+
+# ---- groups of shards that average R between them --------------------------------------------------------------------
+
+REPLICAS = {
+    "std": {},
+    "local": {"proj_type": "local"},
+    "full": {"proj_type": "full"},
+    "gaussian": {"projector": so.RandomProjection(kind="gaussian")},
+}
+
+
+def replicated(grid, hooked, dtype=torch.float64, bits=None, **settings):
+    """A model on two groups of two shards, with torch's all-reduce between them or ours."""
+    model = fully_sharded(mlp().to(dtype), grid["shards"] if hooked else grid)
+    cls = so.SubspaceOptimizer if "projector" in settings else so.GaLore
+    opt = cls(model.named_parameters(), **{"lr": 0.02, "rank": 2, "update_proj_gap": 3} | settings)
+    state = ProjectedState(opt, bits, group=grid["replicas"].get_group())
+    if hooked:
+        projected_allreduce(model, state)
+    return model, opt, state
+
+
+def replicas(grid):
+    """Where the weights end, and the bytes that every step sends, by settings; accumulated and clipped."""
+    ends, rank = {}, dist.get_rank()
+    for key, settings in REPLICAS.items():
+        for hooked in (False, True):
+            model, opt, state = replicated(grid, hooked, **settings)
+            sent = []
+            for step in range(7):
+                for part in range(2):
+                    model.set_requires_gradient_sync(part == 1 or step % 2 == 0)  # reduced once, or twice
+                    x, y = batch(2 * step + part, rank, 4)
+                    (model(x) - y).square().mean().backward()
+                opt.clip_grad_norm_(0.5)
+                before, state.bytes_sent, state.bytes_whole = (state.bytes_sent, state.bytes_whole), 0, 0
+                sent.append(before)
+                opt.step()
+                opt.zero_grad()
+            ends[key, hooked] = whole(dict(model.named_parameters())), sent
+    return ends
+
+
+def accumulated(model, opt, part=0, parts=1, average=lambda opt: None):
+    """Two micro-batches a step, clipped; where the weights end, and how many elements every step starts from."""
+    held = []
+    for step in range(7):
+        for half in range(2):
+            x, y = batch(2 * step + half, part, parts)
+            ((model(x) - y).square().mean() / 2).backward()
+        tensors = [p.grad for p in model.parameters() if p.grad is not None]
+        tensors += [low for lows in opt.lows.values() for low in lows]
+        held.append(sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors))
+        average(opt)
+        opt.clip_grad_norm_(0.5)
+        opt.step()
+        opt.zero_grad()
+    return whole(dict(model.named_parameters())), held
+
+
+def in_backward(early, wrap=lambda model: model, **arguments):
+    model = wrap(mlp())
+    opt = so.GaLore(model.named_parameters(), lr=0.02, rank=2, update_proj_gap=3)
+    so.project_in_backward(model, opt, early=early)
+    return accumulated(model, opt, **arguments)
+
+
+def shards_in_backward():
+    """Gradients of shards projected as soon as there are any, under FSDP2 and tensor parallelism."""
+    rank, ends = dist.get_rank(), {}
+    for early in (False, True):
+        ends["fsdp", early] = in_backward(early, fully_sharded, part=rank, parts=2)
+        ends["tensor", early] = in_backward(
+            early, lambda model: parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
+        )
+    return ends
+
+
+def replicas_in_backward(grid):
+    group = grid["replicas"].get_group()
+    part = {"part": dist.get_rank(), "parts": 4}
+    return in_backward(
+        False,
+        lambda model: fully_sharded(model, grid["shards"]),
+        average=lambda o: so.average_gradients(o, group),
+        **part,
+    )
+
+
+def coded_replicas(grid, bits):
+    """What 16 equal gradients come to, relative to what was meant, once bases are set."""
+    torch.manual_seed(0)
+    model, opt, _ = replicated(grid, True, torch.float32, bits, lr=0.0, update_proj_gap=100)
+    weight, totals, steps = model[2].weight, 0, 16
+    for step in range(steps + 1):
+        x, y = batch(0, dist.get_rank(), 4)
+        (model(x.float()) - y.float()).square().mean().backward()
+        grad = weight.grad.full_tensor()
+        if step == 0:
+            meant = grad
+        else:
+            totals = totals + grad
+        opt.step()
+        opt.zero_grad()
+    basis = opt.state[weight]["basis"].full_tensor()
+    return float((basis.mT @ (totals - steps * meant)).norm() / (basis.mT @ meant).norm()) / steps
+
+
+def unlike_replicas(grid):
+    """What groups of shards are refused, by what was wrong."""
+    said = {}
+
+    def attempt(what, action):
+        try:
+            action()
+        except Exception as error:
+            said[what] = f"{type(error).__name__}: {error}"
+
+    group = grid["replicas"].get_group()
+    model, opt, _ = replicated(grid, False)
+    attempt("native", lambda: projected_allreduce(model, ProjectedState(opt, group=group)))
+    model, opt, _ = replicated(grid, True)
+    attempt("everyone", lambda: projected_allreduce(model, ProjectedState(opt)))
+    attempt("whole", lambda: projected_allreduce(mlp(), ProjectedState(opt, group=group)))
+    plain = mlp()
+    state = ProjectedState(so.GaLore(plain.parameters(), rank=2), group=group)
+    attempt("before", lambda: projected_allreduce(fully_sharded(plain, grid["shards"]), state))
+    idle = mlp()
+    idle.idle = nn.Parameter(torch.ones(2).double())
+    fully_shard(idle, mesh=grid["shards"])
+    projected_allreduce(idle, ProjectedState(optimizer("galore", idle), group=group))
+    attempt("unused", idle(batch(0)[0]).sum().backward)
     return said
 
 
@@ -414,6 +576,8 @@ def second_world(folder, meshes):
         "moved": moved(folder, "2", CHAIN["2"], rows, layout),
         "exchanged": exchanged(rows, layout),
         "traffic": traffic(meshes),
+        "backward": shards_in_backward(),
+        "watched": {key: watched(meshes[key], layout) for key, layout in (("rows", (0,)), ("columns", (1,)))},
         "quantised": all_quantised(meshes),
         "state": layouts_of_state(rows),
         "refusals": refusals(meshes),
@@ -425,13 +589,19 @@ def third_world(folder, meshes):
     return {
         "equal": equivalences(3, meshes),
         "wrapped": wrapped(3),
+        "watched": {"rows": watched(meshes["rows"], (0,))},
         "quantised": all_quantised(meshes),
         "moved": moved(folder, "3", CHAIN["3"], meshes["columns"], (1,)),
     }
 
 
 def fourth_world(folder, meshes):
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     return {
+        "replicas": replicas(grid),
+        "backward": {"replicas": replicas_in_backward(grid)},
+        "coded replicas": {bits: coded_replicas(grid, bits) for bits in (None, 8, 4)},
+        "unlike replicas": unlike_replicas(grid),
         "equal": equivalences(4, meshes),
         "wrapped": wrapped(4),
         "quantised": all_quantised(meshes),

@@ -797,6 +797,23 @@ def test_coded_messages(ranks):
 
 
 @pytest.mark.distributed
+def test_a_resumed_run_goes_on_with_the_error_feedback(ranks):
+    for saved in ranks:
+        straight, resumed, without = saved["resumed"]
+        assert_same(resumed, straight)
+        assert not torch.equal(without["0.weight"], straight["0.weight"])
+
+
+def test_error_feedback_of_another_optimizer_is_refused():
+    state = ProjectedState(galore(mlp()), bits=8)
+    with pytest.raises(ValueError, match="tensor 99, which this optimizer does not have"):
+        state.load_state_dict({"errors": {99: [torch.zeros(2, 2)]}})
+    with pytest.raises(ValueError, match=r"tensor 0, which is 0.weight here, has the shapes \[\(2, 2\)\]"):
+        state.load_state_dict({"errors": {0: [torch.zeros(2, 2)]}})
+    assert state.state_dict() == {"errors": {}}
+
+
+@pytest.mark.distributed
 def test_a_bad_gradient_of_one_rank_is_skipped_by_all(ranks):
     for saved in ranks:
         skipped, found = saved["bad"]

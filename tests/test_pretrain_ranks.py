@@ -138,7 +138,8 @@ def test_a_killed_rank_ends_the_run_and_costs_the_steps_since_the_checkpoint(cor
 
 def test_an_interrupt_saves_and_ends_all_ranks(corpus, tmp_path):
     run = tmp_path / "run"
-    process = launch(2, micro(corpus, run, *STEPS, "--steps", 4000, "--save-every", 1000, "--parallel", "fsdp"))
+    options = ("--steps", 4000, "--save-every", 1000, "--parallel", "fsdp", "--layerwise", "hooks")
+    process = launch(2, micro(corpus, run, *STEPS, *options))
     wait_for(lambda: steps_saved(run) == [0], process)
     process.send_signal(signal.SIGINT)
     out, _ = finish(process, code=1)
@@ -154,5 +155,5 @@ def test_what_ranks_cannot_do_is_refused(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match=r"--batch-size 8: .* to 3 ranks; .* multiple of 3, or .* 1, 2, 4 or 8"):
         Launched().accept(resolve({"batch_size": 8}))
-    with pytest.raises(UserError, match=r"--parallel fsdp: .*--layerwise hooks"):
-        Launched().accept(resolve({"batch_size": 9, "parallel": "fsdp", "layerwise": "hooks"}))
+    with pytest.raises(UserError, match=r"--parallel fsdp: .*use --layerwise hooks"):
+        Launched().accept(resolve({"batch_size": 9, "parallel": "fsdp", "layerwise": "linear"}))

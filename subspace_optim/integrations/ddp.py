@@ -7,7 +7,7 @@ mean(Gₖ) Q = mean(GₖQ), and all ranks have the same Q, so nothing that the o
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class _Member:
 
 
 class ProjectedState:
-    """What `projected_allreduce_hook` keeps on one rank.
+    """What `projected_allreduce_hook`, or the one of `integrations.fsdp`, keeps on one rank.
 
     A message is R (m, r) of every projected tensor, G of all others and of those whose basis the coming step renews.
     With `bits` it holds codes of R and a scale for each block of at most 256 in a row:
@@ -46,8 +46,9 @@ class ProjectedState:
     Args:
         opt: the optimizer of this rank, over the parameters of the module that is wrapped.
         bits: of an element of R in a message: None sends it as it is (float32), 8 or 4 as codes.
-        error_feedback: add what the last message lost to the next one.
-        group: the process group of DistributedDataParallel; the default one if that was given none.
+        error_feedback: add what the last message lost to the next one; `state_dict` keeps it.
+        group: the process group of DistributedDataParallel (the default one if that was given none), or of the ranks
+            that hold copies of one shard.
 
     Attributes:
         bytes_sent: by this rank so far, as the length of its messages.
@@ -79,13 +80,21 @@ class ProjectedState:
         self._index = {param: i for i, g in enumerate(opt.param_groups) for param in g["params"]}
 
     @torch.no_grad()
-    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-        """Average a bucket over the ranks; of a projected tensor comes back what projects to the mean of R."""
+    def average(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[dist.Work], Callable[[], None]]:
+        """Begin to average gradients over the ranks, in place; of a projected one is left what projects to the mean R.
+
+        Args:
+            gradients: (parameter, what is here of its gradient).
+
+        Returns:
+            What is under way, and what remains to be done when it has ended.
+        """
         whole: list[Tensor] = []
         members: list[_Member] = []
-        for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        for param, grad in gradients:
+            self.bytes_whole += grad.nbytes
             plan = self.opt.low_plan(self._index[param], param) if param in self._index else None
-            if plan is not None:
+            if plan is not None and plan.members and _smaller(plan):
                 bases, kernel = self.opt.bases(plan, param), resolve(self.opt.backend, plan)
                 lows = kernel.project(plan.matrices(grad), flat(bases), plan.side, plan.state_dtype)
                 members.append(_Member(param, grad, plan, bases, lows))
@@ -95,8 +104,7 @@ class ProjectedState:
                 bases = self.opt.bases(plan, param)
                 grad.add_(self._seen(_Member(param, grad, plan, bases, self._errors.pop(param))))
             whole.append(grad)
-        buffer, ranks = bucket.buffer(), dist.get_world_size(self.group)
-        self.bytes_whole += buffer.nbytes
+        ranks = dist.get_world_size(self.group)
         lows = [low for member in members for low in member.lows]
         sums = [torch.cat([t.flatten() for t in some]).div_(ranks) for some in (whole, lows * (not self.bits)) if some]
         works = [dist.all_reduce(total, group=self.group, async_op=True) for total in sums]
@@ -108,18 +116,49 @@ class ProjectedState:
             works.append(dist.all_gather(received, sent[-1], group=self.group, async_op=True))
         self.bytes_sent += sum(message.nbytes for message in sent)
 
-        def finish(done: Future[Any]) -> Tensor:
-            done.wait()
-            with torch.no_grad():
-                if whole:
-                    torch._foreach_copy_(whole, _parts(sums[0], whole))
-                if lows:
-                    torch._foreach_copy_(lows, self._decoded(received, lows) if self.bits else _parts(sums[-1], lows))
-                    for member in members:
-                        member.grad.copy_(self._seen(member))
-            return buffer
+        @torch.no_grad()
+        def finish() -> None:
+            if whole:
+                torch._foreach_copy_(whole, _parts(sums[0], whole))
+            if lows:
+                torch._foreach_copy_(lows, self._decoded(received, lows) if self.bits else _parts(sums[-1], lows))
+                for member in members:
+                    member.grad.copy_(self._seen(member))
 
-        return collect_all([work.get_future() for work in works]).then(finish)
+        return works, finish
+
+    def state_dict(self) -> dict[str, Any]:
+        """The error feedback of this rank, by the places of the tensors in the optimizer; tensors and ints only.
+
+        Every rank has its own, to be saved and loaded beside the optimizer's state.
+        """
+        return {"errors": {i: list(self._errors[p]) for i, p in enumerate(self._index) if p in self._errors}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the error feedback that a rank has saved; nothing is shared with it.
+
+        The mean over ranks is what counts. With another number of ranks, leave it out: what one message has lost is
+        lost then.
+
+        Args:
+            state_dict: from `state_dict` of the same rank.
+
+        Raises:
+            ValueError: it is of another optimizer or another shard. Nothing has been changed then.
+        """
+        params, errors = list(self._index), {}
+        for i, lows in state_dict["errors"].items():
+            param = params[i] if i < len(params) else None
+            plan = None if param is None else self.opt.plan_of(self._index[param], param)
+            found = [tuple(low.shape) for low in lows]
+            if param is None or plan is None or found != [plan.low_shape] * len(plan.members):
+                what = "this optimizer does not have" if param is None else f"is {self.opt.name_of(param)} here"
+                raise ValueError(
+                    f"ProjectedState: the error feedback of tensor {i}, which {what}, has the shapes {found}; load it "
+                    "on the rank, and for the optimizer, that saved it, or leave it out"
+                )
+            errors[param] = [low.to(plan.device, plan.state_dtype, copy=True) for low in lows]
+        self._errors = errors
 
     def _seen(self, member: _Member) -> Tensor:
         """The gradient in the span of the bases that projects to the member's R."""
@@ -128,10 +167,11 @@ class ProjectedState:
         for low, bases in zip(member.lows, member.bases, strict=True):
             if not self.opt.projector.orthonormal or plan.basis_bits < 32:
                 for side, basis in zip(plan.sides, bases, strict=True):
-                    inverse = torch.linalg.pinv(basis.mT @ basis, hermitian=True)
+                    (gram,) = plan.sharding.sum([basis.mT @ basis], 0 if side == "left" else 1)
+                    inverse = torch.linalg.pinv(gram, hermitian=True)
                     low = inverse @ low if side == "left" else low @ inverse
             matrices.append(back(low, bases, plan.side))
-        return torch.stack(matrices).view(plan.shape)
+        return torch.stack(matrices).view(member.grad.shape)
 
     def _encoded(self, members: list[_Member]) -> Tensor:
         """The message of all members, as bytes: of each R its codes, then its scales."""
@@ -185,7 +225,21 @@ def projected_allreduce_hook(state: ProjectedState, bucket: dist.GradBucket) -> 
         state: made for this rank's optimizer.
         bucket: of gradients, from DistributedDataParallel.
     """
-    return state.reduce(bucket)
+    works, finish = state.average(zip(bucket.parameters(), bucket.gradients(), strict=True))
+
+    def end(done: Future[Any]) -> Tensor:
+        done.wait()
+        finish()
+        return bucket.buffer()
+
+    return collect_all([work.get_future() for work in works]).then(end)
+
+
+def _smaller(plan: Plan) -> bool:
+    """Whether R is less to send than what is here of G: where its sum is over shards, each of them has all of R."""
+    summed = [axis for axis in (0, 1) if axis not in plan.low_axes]
+    shards = math.prod(plan.sharding.mesh.size(i) for i in plan.sharding.cuts(*summed))
+    return shards * math.prod(plan.whole.low_shape) < math.prod(plan.whole.matrix)
 
 
 def _parts(total: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -45,7 +45,7 @@ def make_optimizer(model: nn.Module, config: RunConfig, *, early: bool = True) -
     Args:
         model: The model.
         config: The run.
-        early: Renew bases within backward, which several ranks with gradients of their own cannot.
+        early: Renew bases within backward, which ranks with copies of the model cannot.
 
     Raises:
         UserError: The name or one of the options is refused.
@@ -165,7 +165,7 @@ class Run:
             self.model = self.ranks.place(model.to(DTYPES[config.dtype]), self.device)
             self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.forward = compiled(self.model, config)
-            self.optimizer = make_optimizer(self.model, config, early=self.ranks.size == 1)
+            self.optimizer = make_optimizer(self.model, config, early=self.ranks.size == 1 or self.ranks.sharded)
             self.scheduler = LambdaLR(
                 self.optimizer, lambda update: lr_factor(update, config.steps, config.warmup, config.min_lr_ratio)
             )

@@ -130,10 +130,10 @@ class Launched(Ranks):
                 f"--batch-size {config.batch_size}: cannot be dealt out evenly to {self.size} ranks; give a multiple "
                 f"of {self.size}, or start torchrun with --nproc-per-node {', '.join(fitting[:-1])} or {fitting[-1]}"
             )
-        if config.parallel == "fsdp" and config.layerwise != "off":
+        if config.parallel == "fsdp" and config.layerwise == "linear":
             raise UserError(
-                f"--parallel fsdp: gradients of shards are not projected within backward (--layerwise "
-                f"{config.layerwise}); leave one of the two out"
+                "--parallel fsdp: a layer computes with more of its weight than a rank keeps, so its backward cannot "
+                "form R of a shard (--layerwise linear); use --layerwise hooks"
             )
         if not config.device.startswith("cuda"):
             return config
@@ -149,7 +149,7 @@ class Launched(Ranks):
         device = torch.device(config.device)
         full = device.type == "cuda" and plan.peak > torch.cuda.mem_get_info(device)[0]
         self.sharded = config.parallel == "fsdp" or (
-            config.parallel == "auto" and config.layerwise == "off" and any(self._meet(full))
+            config.parallel == "auto" and config.layerwise != "linear" and any(self._meet(full))
         )
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
