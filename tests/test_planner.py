@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import subspace_optim as so
 from subspace_optim import allocation
-from subspace_optim.planner import CATEGORIES, bytes_of, causal_loss, enable_checkpointing
+from subspace_optim.planner import CATEGORIES, bytes_of, causal_loss, enable_checkpointing, tracing
 from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.sizes import SIZES, llama_options
 
@@ -25,9 +26,9 @@ def llama(size="tiny", dtype=torch.float32, device="cpu"):
         return LlamaForCausalLM(LlamaConfig(**llama_options(SIZES[size]))).to(dtype).train()
 
 
-def small(**changes):
+def small(layers=2, **changes):
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2}
-    return LlamaConfig(**shape, num_hidden_layers=2, use_cache=False, **changes)
+    return LlamaConfig(**shape, num_hidden_layers=layers, use_cache=False, **changes)
 
 
 def measured(model, name, batch, seq, accumulation=1, layerwise="off", **options):
@@ -99,6 +100,62 @@ def test_state_is_what_the_optimizer_allocates(name):
     assert {key: plan.bytes[key] for key in tensors} == tensors
     assert plan.bytes["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert plan.parameters == sum(p.numel() for p in model.parameters())
+
+
+def whole_and_folded(monkeypatch, config, **options):
+    """The plan with every layer run, and as it is made."""
+    folded = so.plan(config, batch=2, seq=16, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "stacks_of", lambda *_: [])
+        return so.plan(config, batch=2, seq=16, **options), folded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpointing": True, "device": "cuda", "state_bits": 8},
+        {"layerwise": "linear", "accumulation": 2, "basis_bits": 4, "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_layers_that_are_alike_are_run_once(monkeypatch, options):
+    """Every byte of every layer, category and phase is as when all of them run."""
+    config = small(layers=5, tie_word_embeddings=True)
+    ran = set()
+    forward = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *a, **k: ran.add(self) or forward(self, *a, **k))
+    whole, folded = whole_and_folded(monkeypatch, config, rank=8, **options)
+    assert len(ran) == 5 + 4
+    assert folded == whole
+
+
+def test_layers_that_differ_are_all_run(monkeypatch):
+    """By their shapes, by a setting, by what the optimizer does with them, or by what they turn out to take."""
+    width = iter((16, 16, 32, 16, 16, 16))
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, n := next(width)), nn.Linear(n, 16)) for _ in range(6)))
+    dropped = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5 * (i == 2))) for i in range(6)))
+    plain = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(6)))
+
+    class Grows(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(16, 16))
+
+        def forward(self, x):
+            Grows.calls += 1
+            return torch.cat([x @ self.weight, x.new_zeros(Grows.calls, 16)])
+
+    grows = nn.Sequential(*(Grows() for _ in range(6)))
+
+    def loss(model, batch, seq):
+        Grows.calls = 0
+        return model(torch.zeros(batch, 16)).square().mean()
+
+    for model, target in ((layers, None), (dropped, None), (plain, ["2.0"]), (grows, ["weight"])):
+        whole, folded = whole_and_folded(monkeypatch, model, rank=4, target=target, loss=loss)
+        assert folded == whole
 
 
 def test_the_model_is_not_touched():
