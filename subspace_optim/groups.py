@@ -1,4 +1,4 @@
-"""From a model to parameter groups: linear layers projected; embeddings, head and norms dense."""
+"""From a model to parameter groups: linear layers and experts projected; embeddings, head and norms dense."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Split a model's trainable parameters into groups for any optimizer of this package.
 
-    Projected are the weights of linear layers, but not the output head, nor a weight tied to an embedding. All else
-    is dense. Vectors (norms, biases) are never decayed. Frozen parameters are left out, tied ones appear once.
+    Projected are the weights of linear layers, torch's attention among them, and stacked experts (3-D, of what is
+    called so), but not the output head, nor a weight tied to an embedding. All else is dense. Vectors (norms, biases)
+    are never decayed. Frozen parameters are left out, tied ones appear once.
 
     Args:
         model: any module.
@@ -44,10 +45,10 @@ def param_groups(
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module to read layer names from, not {type(model).__name__}")
     owners = _owners(model)
-    matrices = {name: param for name, (_, _, param) in owners.items() if param.ndim >= 2}
+    matrices = {name: p for name, (_, _, p) in owners.items() if p.ndim >= 2 and not name.endswith("bias")}
     targets, excludes = patterns(target), patterns(exclude)
     if targets is None or targets == ["all-linear"]:
-        chosen = _linear(model, owners)
+        chosen = _linear(model, owners) | _experts(owners)
     else:
         chosen = matching(targets, matrices, "target")
     chosen -= matching(excludes, matrices, "exclude") if excludes else set()
@@ -94,10 +95,21 @@ def _linear(model: nn.Module, owners: dict[str, tuple[str, nn.Module, Tensor]]) 
         name
         for name, (module_name, module, param) in owners.items()
         # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if (isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D")
         and param.ndim == 2
         and id(param) not in kept_dense
         and not _HEAD.fullmatch(module_name)
+    }
+
+
+def _experts(owners: dict[str, tuple[str, nn.Module, Tensor]]) -> set[str]:
+    """Stacks of matrices that are called experts, as in transformers' and torchtitan's mixtures."""
+    return {
+        name
+        for name, (_, module, param) in owners.items()
+        if param.ndim == 3
+        and not isinstance(module, _CONVOLUTIONS)
+        and "expert" in f"{name} {type(module).__name__}".lower()
     }
 
 

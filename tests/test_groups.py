@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from training import FIVE, noise
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import subspace_optim as so
 from subspace_optim.optimizers import PROJECTORS, RULES
@@ -165,6 +165,38 @@ def test_exclude():
     assert "model.layers.1.self_attn.k_proj.weight" in names(groups, False)
     assert "model.layers.0.mlp.up_proj.weight" in names(groups, False)
     assert "model.layers.1.mlp.up_proj.weight" in names(groups, True)
+
+
+def test_experts_of_a_mixture_are_projected_unasked():
+    """They are most of its parameters: dense without a word, they would take AdamW's memory."""
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(**config, vocab_size=32, num_key_value_heads=2, num_local_experts=4, pad_token_id=None)
+    )
+    groups = so.param_groups(model, rank=4, weight_decay=0.1)
+    prefix = "model.layers.0.mlp.experts"
+    stacked = next(group for group in groups if group.get("batch_dims"))
+    assert {name for name, _ in stacked["params"]} == {f"{prefix}.gate_up_proj", f"{prefix}.down_proj"}
+    assert "model.layers.0.mlp.gate.weight" in names(groups, False)  # the router
+
+    model = Experts()
+    model.bias = nn.Parameter(torch.zeros(3, 12))
+    model.position = nn.Parameter(torch.zeros(2, 5, 12))
+    groups = so.param_groups(nn.ModuleDict({"experts": model.conv, "mixture": model}), rank=2, weight_decay=0.1)
+    assert {"mixture.gate_up", "mixture.router.weight"} <= names(groups, True)
+    assert {"experts.weight", "mixture.bias"} <= names(groups, False)
+    assert decays(groups)["mixture.bias"] == 0  # one of every expert
+
+
+def test_the_projections_of_torchs_attention_are_linear_layers():
+    """Two thirds of its weights lie in one tensor that no nn.Linear owns."""
+    groups = so.param_groups(nn.TransformerEncoderLayer(8, 2, 16), rank=2)
+    assert {name for name in names(groups, True) if "attn" in name} == {
+        *("self_attn.in_proj_weight", "self_attn.out_proj.weight"),
+    }
+    groups = so.param_groups(nn.MultiheadAttention(8, 2, kdim=6, vdim=6, add_bias_kv=True), rank=2, weight_decay=0.1)
+    assert names(groups, True) == {*(f"{k}_proj_weight" for k in "qkv"), "out_proj.weight"}
+    assert {"in_proj_bias", "bias_k", "bias_v"} <= names(groups, False)
 
 
 def test_stacked_experts_are_a_batch_and_convolutions_are_not():
