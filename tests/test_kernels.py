@@ -364,6 +364,13 @@ def digest():
             *(lists.steps, lists.seeds, lists.lr, 0.9, 0.8, 1.0, 0.1, 0.5, "right", "none"),
         )
         found.update(lists.params[0].view(torch.uint8).numpy().tobytes())
+        for bits in (8, 4):
+            param = torch.nn.Parameter(Lists.random((129, 257), 0, None, dtype).params[0])
+            optimizer = so.SubspaceOptimizer([param], state_bits=bits, transform="cautious", backend="native")
+            param.grad = param.detach().clone()
+            optimizer.step()
+            for tensor in (param.detach(), *optimizer.state[param].values()):
+                found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
