@@ -110,6 +110,16 @@ def test_both_signatures_make_the_same_optimizer(tmp_path):
         assert repr(other) == repr(one)
 
 
+@pytest.mark.parametrize("field", ["embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups"])
+def test_axolotls_learning_rates_of_modules_are_not_dropped(tmp_path, field):
+    args = arguments(tmp_path, **ADAM)
+    setattr(args, field, None)
+    SubspaceFactory()(llama(), args, rank=4)
+    setattr(args, field, 0.1)
+    with pytest.raises(ValueError, match=f"SubspaceFactory: {field} would have been ignored; leave it out"):
+        SubspaceFactory()(llama(), args, rank=4)
+
+
 def test_settings_that_would_be_dropped_are_an_error(tmp_path):
     run = trainer(arguments(tmp_path), (SubspaceFactory, {"rank": 4, "lr": 0.01}))
     with pytest.raises(ValueError, match=r"so adam_beta1, adam_beta2, adam_epsilon, weight_decay would have been"):

@@ -25,6 +25,7 @@ _FIELDS = {
     "eps": ("adam_epsilon",),
     "weight_decay": ("weight_decay",),
 }
+_OF_MODULES = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")  # in axolotl's arguments
 
 
 class SubspaceFactory:
@@ -58,9 +59,14 @@ class SubspaceFactory:
             **options: of `subspace_optim.create`; they come before those of `optim_args`.
 
         Raises:
-            ValueError: an option is misspelt or given as two different values, or lr, betas, eps and weight_decay are
-                not all known.
+            ValueError: an option is misspelt or given as two different values, lr, betas, eps and weight_decay are not
+                all known, or the arguments have learning rates of single modules.
         """
+        if dropped := [field for field in _OF_MODULES if getattr(training_args, field, None) is not None]:
+            raise ValueError(
+                f"SubspaceFactory: {', '.join(dropped)} would have been ignored; leave it out, or make the groups, "
+                "each with its lr, and the optimizer yourself"
+            )
         given = parse_optim_args(optim_args or getattr(training_args, "optim_args", None)) | options
         name = given.pop("name", name)
         target = optim_target_modules or getattr(training_args, "optim_target_modules", None)
