@@ -219,6 +219,50 @@ class SubspaceOptimizer(StatefulOptimizer):
             self._step_bucket(work)
         self.lows.clear()
 
+    @property
+    def ordinary_steps(self) -> float:
+        """How many of the coming steps renew no basis; math.inf if none ever will.
+
+        Tensors that have neither a basis nor a gradient yet are left out, unless no tensor has a basis.
+        """
+        left = [math.inf]
+        for _, index, _, param in self._positions():
+            group, plan, state = self.param_groups[index], self.plan_of(index, param), self.state.get(param)
+            if plan.side is None:
+                continue
+            assert self.projector is not None
+            for member in member_states(plan, state) if state else [{"age": UNSET}]:
+                if member["age"] != UNSET:
+                    left.append(group["update_proj_gap"] - member["age"] if self.projector.periodic else math.inf)
+                elif param.grad is not None or param in self.lows or not self.state:
+                    left.append(0)
+        return max(0, min(left))
+
+    def replayed(self, steps: int = 1) -> None:
+        """Count steps that replays of a CUDA graph have taken, so that refreshes come when they are due.
+
+        A replay repeats what the device did: weights, moments and step counts advance, but not the ages of the bases,
+        which are ints of the host. Capture and replay `step` while there are `ordinary_steps`, and call it for others.
+
+        Args:
+            steps: ≥ 0, how many.
+
+        Raises:
+            ValueError: they are more than the `ordinary_steps`: one of them should have renewed a basis.
+        """
+        if not 0 <= steps <= self.ordinary_steps:
+            raise ValueError(
+                f"{type(self).__name__}.replayed: steps={steps!r} must be at least 0 and at most ordinary_steps, "
+                f"{self.ordinary_steps}; call step() where that is 0, which renews bases"
+            )
+        for state in self.state.values():
+            if "age" in state:
+                age = distributed.local(state["age"])
+                if isinstance(age, Tensor):
+                    age += steps
+                else:
+                    state["age"] += steps
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch does, and forget what was projected ahead of the step."""
         super().zero_grad(set_to_none)

@@ -60,11 +60,20 @@ def signs(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
     """32-bit words of every seed, shape (len(seeds), count)."""
-    return _words(torch.tensor(seeds, device=device).unsqueeze(-1), count, device).movedim(0, -1).flatten(1)[:, :count]
+    return _words(integers(seeds, device).unsqueeze(-1), count, device).movedim(0, -1).flatten(1)[:, :count]
 
 
 def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
     return philox(seed, torch.arange((count + 3) // 4, device=device), 0, 0, _BASIS)
+
+
+def integers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on a device, which is not waited for: the numbers travel in launches, there is no host buffer to keep."""
+    if device.type == "cpu":
+        return torch.tensor(values)
+    out = torch.zeros(len(values), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(out.unbind()), list(values))
+    return out
 
 
 def uniform(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:

@@ -238,6 +238,62 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("name", ["galore", "grams", "adamw"])
+def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
+    """Between two refreshes: replays are eager steps, bad gradients, counts and a changed rate included."""
+    ends = []
+    for replays in (False, True):
+        params = net(torch.bfloat16).to(GPU)
+        lr = torch.tensor(0.1, device=GPU)
+        options = {"lr": lr, "weight_decay": 0.1, "backend": name_of(kernels)}
+        if name == "adamw":
+            opt = so.SubspaceOptimizer(params.values(), **options)
+        else:
+            options |= {"rank": 2, "update_proj_gap": 6, "stagger": False}
+            opt = (so.GaLore if name == "galore" else so.Grams)(params.values(), **options)
+        for param in params.values():
+            param.grad = torch.empty_like(param)
+
+        def new_gradients(step, params=params):
+            for i, param in enumerate(params.values()):
+                noise = torch.Generator().manual_seed(100 * step + i)
+                param.grad.copy_(torch.randn(param.shape, generator=noise))
+            if step % 4 == 3:
+                next(iter(params.values())).grad.view(-1)[0] = math.nan
+
+        def ordinary(opt=opt):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                opt.clip_grad_norm_(1.0)
+                opt.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        graph = None
+        for step in range(20):
+            new_gradients(step)
+            if step < 2 or not opt.ordinary_steps:
+                opt.clip_grad_norm_(1.0)
+                opt.step()
+            elif not replays:
+                ordinary()
+            elif graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    ordinary()
+                graph.replay()  # what has been captured has not run; its ages have been counted
+            else:
+                graph.replay()
+                opt.replayed()
+            lr.mul_(0.9)
+        ends.append((params, opt))
+    (eager, one), (replayed, other) = ends
+    assert one.skipped_updates == other.skipped_updates == 5
+    for name_, param in eager.items():
+        assert torch.equal(param, replayed[name_]), name_
+        assert one.state[param]["step"] == other.state[replayed[name_]]["step"]
+
+
 @pytest.mark.parametrize(("rank", "most"), [(64, 4), (300, 5)])
 def test_launches_do_not_grow_with_the_bucket(rank, most, kernels):
     """Bases to 16 bits, step counts, one fused kernel or two; Triton's table of addresses is already there."""

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import philox
 from ..types import Plan, Side
 from . import reference
 from .reference import back, coded_adam_, decode, encode_, grad_max, transform_
@@ -631,9 +632,7 @@ def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) ->
 
 
 def _fill_table(values: tuple[int, ...], device: torch.device) -> _Table:
-    # _foreach_add_ carries the numbers in its launches: no host buffer to keep, no copy to wait for.
-    table = torch.zeros(len(values), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(table.unbind()), list(values))
+    table = philox.integers(values, device)
     addresses = values[: len(values) // 7 * 5]
     return _Table(table, 16 if all(address % 16 == 0 for address in addresses) else 1)
 

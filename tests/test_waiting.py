@@ -1,0 +1,170 @@
+"""An ordinary step on a GPU reads nothing back and moves nothing between devices: on fake tensors, without a GPU.
+
+The engine and the host's side of the kernels are real; launches are noted and not made.
+"""
+
+import copy
+import math
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import subspace_optim as so
+from subspace_optim.kernels import cuda, select
+
+GPU = torch.device("cuda", 0)
+SHAPES = ((64, 48), (64, 48), (48, 64), (48,))
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies from a device to another: those from the host wait, and those to it do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "copy" in func.overloadpacket.__name__:
+            devices = {x.device for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)}
+            assert len(devices) == 1, f"{func} between {devices}"
+        return out
+
+
+def address(tensor):
+    """16-byte aligned, the same for a view of the whole, distinct otherwise."""
+    return (tensor.untyped_storage()._cdata << 16) + 16 * tensor.storage_offset()
+
+
+def sliced(tensor, key):
+    """tensor[key] for slices; torch's own wants a driver."""
+    for dim, part in enumerate(key if isinstance(key, tuple) else (key,)):
+        tensor = torch.ops.aten.slice(tensor, dim, part.start, part.stop)
+    return tensor
+
+
+def listed(tensor):
+    """Only the host's own numbers can be read, such as a learning rate."""
+    assert tensor.device.type == "cpu", "the step reads a tensor on the GPU"
+    return [1.0] * len(tensor)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def launches(request, monkeypatch):
+    """Names of the kernels launched on fake tensors of "cuda", by this backend."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed: its launches are not seen here")
+    kernels, seen = import_module(f"subspace_optim.kernels.{request.param}"), []
+
+    def launch(kernel, *_, **__):
+        seen.append(getattr(kernel, "__name__", kernel))
+
+    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(cuda, "load", lambda: SimpleNamespace(sso_scalars_bytes=lambda: 40))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if request.param == "triton":
+        monkeypatch.setattr(kernels, "_capability", lambda device: 90)
+    monkeypatch.setattr(select, "_resolve", lambda backend, plan: kernels)
+    monkeypatch.setattr(FakeTensor, "data_ptr", address, raising=False)
+    monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
+    monkeypatch.setattr(FakeTensor, "tolist", listed, raising=False)
+    return seen
+
+
+def started(make):
+    """An optimizer between two refreshes, on fake tensors, with a gradient for each."""
+    params = [torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=GPU)) for shape in SHAPES]
+    opt = make(params)
+    opt.allocate_state()
+    for param in params:
+        if "age" in opt.state[param]:
+            opt.state[param]["age"] = 0
+        param.grad = torch.empty_like(param)
+    opt._skips[params[0].device] = torch.zeros((), dtype=torch.int64, device=GPU)
+    return params, opt
+
+
+OPTIMIZERS = {
+    "galore": lambda params, **options: so.GaLore(params, rank=8, **options),
+    "galore_grams": lambda params, **options: so.GaLore(params, rank=8, transform="grams", **options),
+    "adamw": lambda params, **options: so.SubspaceOptimizer(params, **options),
+    "random_adam": lambda params, **options: so.SubspaceOptimizer(params, so.RandomProjection(8), **options),
+    "gaussian_adam": lambda params, **options: so.SubspaceOptimizer(
+        params, so.RandomProjection(8, kind="gaussian"), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
+@pytest.mark.parametrize("rate", ["number", "tensor"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches):
+    with FakeTensorMode():
+        lr = 0.1 if rate == "number" else torch.tensor(0.1, device=GPU)
+        params, opt = started(lambda params: OPTIMIZERS[name](params, lr=lr, weight_decay=0.1))
+        with NoCopies():
+            if layerwise:
+                opt.project_gradients([(0, param) for param in params])
+                assert len(opt.lows) == (0 if name == "adamw" else 3)
+            opt.clip_grad_norm_(1.0)
+            opt.step()
+        assert launches
+        assert all(opt.state[param]["age"] == 1 for param in params if "age" in opt.state[param])
+
+
+def test_steps_that_wait_are_found_out(launches):
+    """A step with a refresh does, and one that is watched."""
+    for wait in (lambda opt, param: opt.state[param].update(age=10**9), lambda opt, param: opt.watch()):
+        with FakeTensorMode():
+            params, opt = started(OPTIMIZERS["galore"])
+            wait(opt, params[0])
+            with NoCopies(), pytest.raises((DataDependentOutputException, AssertionError)):
+                opt.step()
+
+
+# ---- replays of a CUDA graph, which move no ages --------------------------------------------------------------------
+
+
+def stepped(opt, params, count):
+    for _ in range(count):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+
+
+def ages(opt):
+    return [torch.as_tensor(state["age"]).tolist() for state in opt.state.values() if "age" in state]
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_replays_are_counted_until_a_basis_is_due(stagger):
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(8, 6)), torch.nn.Parameter(torch.ones(6))]},
+        {"params": [torch.nn.Parameter(torch.ones(3, 8, 6))], "batch_dims": 1},
+    ]
+    params = [param for group in groups for param in group["params"]]
+    opt = so.GaLore(groups, rank=2, update_proj_gap=7, stagger=stagger)
+    assert opt.ordinary_steps == 0
+    stepped(opt, params, 1)
+    left = opt.ordinary_steps
+    assert left == 7 - max(torch.cat([torch.as_tensor(age).view(-1) for age in ages(opt)]))
+    before = ages(opt)
+    twin = copy.deepcopy(opt)
+    twin_params = [param for group in twin.param_groups for param in group["params"]]
+    stepped(twin, twin_params, left)
+    opt.replayed(left)
+    assert ages(opt) == ages(twin) != before
+    assert opt.ordinary_steps == 0
+    with pytest.raises(ValueError, match=r"replayed: steps=1 must be at least 0 and at most ordinary_steps, 0"):
+        opt.replayed()
+    stepped(opt, params, 1)
+    assert opt.ordinary_steps > 0
+
+
+def test_what_is_never_renewed_can_be_replayed_for_ever():
+    weight = torch.nn.Parameter(torch.ones(8, 6))
+    opt = so.SubspaceOptimizer([weight])
+    stepped(opt, [weight], 1)
+    assert opt.ordinary_steps == math.inf
+    opt.replayed(10**9)
