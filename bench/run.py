@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import distributions
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -94,6 +95,8 @@ def arms(backends):
     for backend in backends:
         tag = "" if backend == "auto" else f" ({backend})"
         known |= {f"{method}{tag}": Arm(partial(ours, method, backend), method) for method in METHODS}
+    for method, bits in product(("adamw", "galore"), (8, 4)):  # codes are not float64's numbers: without its parity
+        known[f"{method} {bits}-bit"] = Arm(partial(ours, method, "auto", state_bits=bits))
     known |= {"peer galore-torch": Arm(galore_torch), "peer apollo-torch": Arm(apollo_torch)}
     return known | {
         f"peer pytorch_optimizer {name}": Arm(partial(pytorch_optimizer, name)) for name in ("GaLore", "Grams")
