@@ -63,7 +63,7 @@ def test_shuffled_leaves_no_order():
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (7, 7), (5, 8), (64, 16), (1, 2)])
 def test_every_epoch_reads_every_window_once(tmp_path, count, batch_size):
     numpy.arange(count * 4 + 1, dtype=numpy.uint16).tofile(tmp_path / "t.bin")
-    batches = data.Batches(data.Windows(tmp_path / "t.bin", numpy.uint16, 4), batch_size, seed=3)
+    batches = data.Batches(data.Windows(tmp_path / "t.bin", numpy.uint16, 4, 2**16), batch_size, seed=3)
     seen = [index for _ in range(3 * count) for index in batches.next_indices()]
     epochs = [seen[start : start + count] for start in range(0, 3 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
@@ -73,7 +73,7 @@ def test_every_epoch_reads_every_window_once(tmp_path, count, batch_size):
 
 def test_position_resumes_exactly_and_the_seed_decides(tmp_path):
     numpy.arange(401, dtype=numpy.uint16).tofile(tmp_path / "t.bin")
-    windows = data.Windows(tmp_path / "t.bin", numpy.uint16, 4)
+    windows = data.Windows(tmp_path / "t.bin", numpy.uint16, 4, 2**16)
     one, other = data.Batches(windows, 7, seed=1), data.Batches(windows, 7, seed=1)
     for _ in range(31):
         one.next()
@@ -86,7 +86,7 @@ def test_position_resumes_exactly_and_the_seed_decides(tmp_path):
 def test_windows_predict_each_token_once(tmp_path):
     stream = numpy.random.default_rng(0).integers(0, 60_000, 1000).astype(numpy.uint16)
     stream.tofile(tmp_path / "t.bin")
-    windows = data.Windows(tmp_path / "t.bin", numpy.uint16, 9)
+    windows = data.Windows(tmp_path / "t.bin", numpy.uint16, 9, 2**16)
     rows = windows.read(range(len(windows)))
     assert len(windows) == 111 and rows.dtype == torch.int64
     assert rows[:, 1:].flatten().tolist() == stream[1:].tolist()
@@ -96,10 +96,19 @@ def test_windows_predict_each_token_once(tmp_path):
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1), (45, 5), (10**9, 111)])
 def test_held_out_windows_are_spread_and_distinct(tmp_path, tokens, expected):
     numpy.zeros(1000, numpy.uint16).tofile(tmp_path / "t.bin")
-    chosen = data.Windows(tmp_path / "t.bin", numpy.uint16, 9).spread(tokens)
+    chosen = data.Windows(tmp_path / "t.bin", numpy.uint16, 9, 2**16).spread(tokens)
     assert len(chosen) == expected == len(set(chosen)) and max(chosen) < 111
     if expected == 5:
         assert numpy.diff(chosen).min() >= 22
+
+
+def test_tokens_that_do_not_exist_are_refused(tmp_path):
+    """A cache that was damaged within: an embedding on a GPU would end the process on such a number, without a word."""
+    numpy.arange(40, dtype=numpy.uint16).tofile(tmp_path / "t.bin")
+    windows = data.Windows(tmp_path / "t.bin", numpy.uint16, 9, 30)
+    assert windows.read([0, 1]).max() == 18
+    with pytest.raises(UserError, match=r"t.bin: is damaged: it holds token 36 and the vocabulary ends at 29; remove "):
+        windows.read([0, 3])
 
 
 def test_tokens_hold_the_text_and_nothing_else(tmp_path, cache):

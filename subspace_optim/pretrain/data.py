@@ -42,7 +42,7 @@ class Corpus:
             seq_len: Tokens that each window predicts.
         """
         dtype = numpy.uint16 if self.itemsize == 2 else numpy.uint32
-        return Windows(self.folder / f"{split}.bin", dtype, seq_len)
+        return Windows(self.folder / f"{split}.bin", dtype, seq_len, self.vocab_size)
 
 
 def prepare(config: RunConfig, say: Callable[[str], None]) -> Corpus:
@@ -143,8 +143,10 @@ class Windows:
     exactly once.
     """
 
-    def __init__(self, path: Path, dtype: type[numpy.unsignedinteger], seq_len: int) -> None:
+    def __init__(self, path: Path, dtype: type[numpy.unsignedinteger], seq_len: int, vocab_size: int) -> None:
+        self._path = path
         self._tokens = numpy.memmap(path, dtype, mode="r")
+        self._vocab_size = vocab_size
         self.seq_len = seq_len
 
     def __len__(self) -> int:
@@ -158,10 +160,18 @@ class Windows:
 
         Returns:
             Token ids, one row of ``seq_len + 1`` per window.
+
+        Raises:
+            UserError: The file does not hold what was written.
         """
         starts = [index * self.seq_len for index in indices]
-        rows = [self._tokens[start : start + self.seq_len + 1] for start in starts]
-        return torch.from_numpy(numpy.stack(rows).astype(numpy.int64))
+        rows = numpy.stack([self._tokens[start : start + self.seq_len + 1] for start in starts])
+        if rows.max() >= self._vocab_size:  # an embedding would end the process, on a GPU without a word
+            raise UserError(
+                f"the cache {self._path}: is damaged: it holds token {rows.max()} and the vocabulary ends at "
+                f"{self._vocab_size - 1}; remove {self._path.parent}, and it is made anew"
+            )
+        return torch.from_numpy(rows.astype(numpy.int64))
 
     def spread(self, tokens: int) -> list[int]:
         """Numbers of windows that lie evenly over the stream and hold about so many tokens.
