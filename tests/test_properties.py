@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -201,6 +202,19 @@ def test_the_subspace_does_not_feel_the_sign_of_the_gradient(projector, problem)
     G = problem.normal(0)
     for plus, minus in zip(bases_of(projector, problem, G)[1], bases_of(projector, problem, -G)[1]):
         torch.testing.assert_close(plus @ plus.mT, minus @ minus.mT, rtol=0, atol=1e-10)
+
+
+@given(problem=doubles())
+def test_the_columns_of_a_basis_are_the_singular_directions_of_what_it_sees(problem):
+    """Adam feels the basis and not only its span (Rayleigh–Ritz): (GQ)ᵀGQ is diagonal and descends."""
+    G = problem.normal(0)
+    plan, bases = bases_of(so.SVD(), problem, G)
+    for side, basis in zip(plan.sides, bases, strict=True):
+        low = (G.mT if side == "left" else G) @ basis
+        gram = low.mT @ low
+        energies = gram.diagonal()
+        torch.testing.assert_close(gram, energies.diag(), rtol=0, atol=1e-10 * float(energies.sum()))
+        assert (energies.diff() <= 1e-10 * energies.sum()).all()
 
 
 @given(problem=doubles())
@@ -464,6 +478,49 @@ def test_a_tensor_steps_alike_whatever_steps_beside_it(method, problem):
         ends.append(params[0].detach())
     # Not bit for bit: a batched factorisation rounds in its own way, which the gaps of the spectrum amplify.
     torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
+
+
+@given(problem=doubles(), power=st.integers(-8, 2), step=st.integers(1, 50))
+def test_project_aware_moments_stay_those_of_a_distribution(problem, power, step):
+    """LDAdam: V ≥ 0 in any new basis; in the old one nothing changes; in a rotated one M rotates with it."""
+    plan = problem.plan()
+    state = so.Adam().init(plan)
+    state["step"].fill_(step)
+    state["exp_avg"].copy_(problem.normal(1, plan.low_shape))
+    state["exp_avg_sq"].copy_(problem.normal(2, plan.low_shape).square() * 10.0**power)
+    before = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    hyper = SimpleNamespace(moments="project_aware", betas=(0.9, 0.99))
+    same = tuple(torch.eye(plan.rank, dtype=F64) for _ in plan.sides)
+    so.Adam().carry_(plan, [state], [same], hyper)
+    for key, value in before.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9 * float(value.abs().max()))
+
+    turn = tuple(torch.linalg.qr(problem.normal(3 + i, same[0].shape))[0] for i in range(len(same)))
+    so.Adam().carry_(plan, [state], [turn], hyper)
+    assert (state["exp_avg_sq"] >= 0).all()
+    torch.testing.assert_close(state["exp_avg"], carried(before["exp_avg"], turn, plan.side), rtol=1e-9, atol=1e-9)
+    shrunk = tuple(0.5 * c for c in turn)  # what a new subspace that holds a part of the old one gives
+    so.Adam().carry_(plan, [state], [shrunk], hyper)
+    assert (state["exp_avg_sq"] >= 0).all()
+
+
+@pytest.mark.parametrize("scale_type", ["channel", "tensor"])
+@given(problem=doubles())
+def test_apollos_step_is_the_gradient_with_one_factor_a_channel_that_grows_slowly(scale_type, problem):
+    p = problem.parameter()
+    settings = PROJECTED | problem.settings() | {"weight_decay": 0.0}
+    optimizer = so.APOLLO([p], scale_type=scale_type, **settings)
+    sides, lengths = problem.plan().sides, []
+    dims = (0, 1) if scale_type == "tensor" or len(sides) == 2 else {"right": 1, "left": 0}[sides[0]]
+    for t in range(5):
+        before = p.detach().clone()
+        steps(optimizer, [p], problem, 1, first=t)
+        moved = before - p.detach()
+        factors = (moved * p.grad).sum(dims, keepdim=True) / p.grad.square().sum(dims, keepdim=True)
+        assert (factors >= 0).all()
+        torch.testing.assert_close(moved, factors * p.grad, rtol=0, atol=1e-12)
+        lengths.append(float(moved.norm()))
+    assert all(new <= 1.01 * old * (1 + 1e-9) for old, new in itertools.pairwise(lengths))
 
 
 # ---- transforms ------------------------------------------------------------------------------------------------------
