@@ -196,6 +196,38 @@ def test_subspace_iteration_captures_what_the_svd_does(shape, power):
     assert 0.995 * captured[1] <= captured[0] <= captured[1] * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_steps_after_a_renewal_go_where_the_svd_would(shape, power):
+    """Twelve steps after a warm start on gradients whose singular vectors wander; R1 asks a cosine of 0.9.
+
+    It is 0.94 to 0.96; with one iteration 0.90 to 0.93, with the old subspace, only rotated, 0.76 to 0.80.
+    """
+    rng, least = torch.Generator().manual_seed(0), min(shape)
+    values = torch.arange(1, least + 1, dtype=F64) ** -power
+
+    def normal(*size):
+        return torch.randn(*size, generator=rng, dtype=F64)
+
+    left, right = (torch.linalg.qr(normal(d, least))[0] for d in shape)
+
+    def gradient():
+        wandered = (x + 0.3 * normal(*x.shape) / len(x) ** 0.5 for x in (left, right))
+        return (next(wandered) * values) @ next(wandered).mT
+
+    grads, moved = [gradient() for _ in range(24)], []
+    for svd in ("subspace", "exact"):
+        weight = torch.nn.Parameter(torch.zeros(shape, dtype=F64))
+        opt = so.GaLore([weight], rank=32, update_proj_gap=12, svd=svd, stagger=False)
+        for i, grad in enumerate(grads):
+            if i == 12:
+                before = weight.detach().clone()
+            weight.grad = grad
+            opt.step()
+        moved.append((weight.detach() - before).flatten())
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9
+
+
 @every_projector({"svd": so.SVD(), "exact_svd": so.SVD(method="exact")})
 @given(problem=doubles())
 def test_the_subspace_does_not_feel_the_sign_of_the_gradient(projector, problem):
