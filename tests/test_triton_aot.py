@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from subspace_optim.kernels import triton as kernels  # noqa: E402
+from subspace_optim.types import BLOCK  # noqa: E402
 
 # Bytes of shared memory that a block may opt in to (NVIDIA's tables).
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -29,9 +30,13 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
+TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
+TYPES |= {"seed": "i64", "begin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes
+NARROW = ("advance", "decode, packed True")  # of a few numbers, or of half bytes: nothing lies together
 SAME_CODE = (86, 89)  # as for 80, but for the limits: the mirrored sides are not compiled again
 
 
@@ -40,6 +45,7 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **cons
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     multiples = {"table", "corrections", "size", "m", "n", "rank"} - (set() if aligned else {"n"})
+    multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else TYPES.get(name, "fp32") for name in names},
@@ -60,6 +66,12 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **cons
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", kernels._advance, {"BLOCK": 128}
+    if capability not in SAME_CODE:
+        for packed in (False, True):  # by rows
+            tile = {"PACKED": packed, "ROWS": kernels._CODED_ROWS, "BLOCK": BLOCK}
+            tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
+            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254, "TINY": 1e-38, "NOISE": 8}
+            yield f"decode, packed {packed}", kernels._decode, tile
     types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
     yield "elementwise", kernels._elementwise, types | {"NOISE": True, "BLOCK": kernels._BLOCK}
     for dot, dtype in OPERANDS.items():
@@ -86,4 +98,4 @@ def test_kernels_fit(capability, tmp_path, monkeypatch):
         assert registers <= REGISTERS, what
         assert spilled == 0, f"{what} spills {spilled} bytes"
         assert shared <= SHARED[capability], f"{what} needs {shared} of {SHARED[capability]} bytes of shared memory"
-        assert name == "advance" or "odd" in name or WIDE_ACCESS.search(ptx), f"{what} makes no 16-byte access"
+        assert name in NARROW or "odd" in name or WIDE_ACCESS.search(ptx), f"{what} makes no 16-byte access"

@@ -9,6 +9,7 @@ tensor and program_id(0) the block within it.
                   with its rows of M and V; G is read once, W is read and written once
     _project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
     _apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
+    _encode       a quantised tensor at a time: scales, codes and their rounding in one pass; _decode is its inverse
 
 Nothing here waits for the device, and a step can be captured in a CUDA graph. What these kernels do not cover is done
 by the reference: projections on both sides, the cautious transform (it needs the mean of a mask before the write),
@@ -29,9 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import philox
-from ..types import Plan, Side
+from ..types import BLOCK, Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode, encode_, grad_max, transform_
+from .reference import back, coded_adam_, grad_max, transform_
 
 __all__ = [
     "adam_update_",
@@ -57,6 +58,7 @@ FUSED_MULTIPLE = 8  # of which n must be a multiple
 
 _WORKSPACE = 2**27  # bytes of updates between _project and _apply: a larger bucket is stepped in parts
 _BLOCK = 1024  # elements of a program of _elementwise
+_CODED_ROWS = 8  # blocks of a program of _encode and _decode
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _DOT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -205,6 +207,11 @@ def _noise(table, corner, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: t
     own, and takes the half-word that is its.
     """
     seed, step = _seed_and_step(table)
+    return _half_words_of_tile(seed, step, corner, n, ROWS, COLUMNS, NOISE)
+
+
+@triton.jit
+def _half_words_of_tile(seed, step, corner, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: tl.constexpr):
     first = (corner >> 3).to(tl.uint32)
     if NOISE == 8:
         return _half_words(seed, step, first + _within(n // 8, ROWS, COLUMNS // 8).to(tl.uint32))
@@ -579,6 +586,92 @@ def _apply(
     w = _at(table, 0, W, ALIGN)
     rate = _rate(lr, LR)
     _write(table, w, step, rate, weight_decay, scale, i, j, m, n, SIGN, NOISE, ROWS, COLUMNS, SLICE)
+
+
+@triton.jit
+def _encode(
+    x,
+    codes,
+    scales,
+    values,
+    step,
+    seed,
+    begin,
+    count,
+    length,
+    x_row,
+    x_column,
+    code_row,
+    code_column,
+    scale_row,
+    scale_column,
+    LAST: tl.constexpr,
+    TINY: tl.constexpr,
+    NOISE: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of each of ROWS rows of x (count, length); LAST: of the gaps between values. NOISE = 0 is to nearest."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < count) & (column < length)
+    value = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.max(tl.abs(value), 1)[:, None]
+    scale = tl.where(scale >= TINY, scale, 0.0)
+    tl.store(scales + row * scale_row + tl.program_id(1) * scale_column, scale, mask=row < count)
+    unit = tl.where(scale > 0, tl.div_rn(value, tl.where(scale > 0, scale, 1.0)), 0.0)
+    low = tl.zeros((ROWS, BLOCK), tl.int32)  # the last value of the table that is not above it
+    for bit in tl.static_range(8):
+        next = low + (128 >> bit)
+        there = next <= LAST
+        low = tl.where(there & (tl.load(values + next, mask=there, other=0.0) <= unit), next, low)
+    lower = tl.load(values + low)
+    gap = tl.load(values + low + 1) - lower
+    odds = 0.5
+    if NOISE > 0:
+        corner = begin + tl.program_id(0).to(tl.int64) * ROWS * length + tl.program_id(1) * BLOCK
+        now = tl.load(step).to(tl.int32)
+        half = _half_words_of_tile(seed, now, corner, length, ROWS, BLOCK, NOISE)
+        odds = (half.to(tl.float32) + 0.5) * (1.0 / 65536)
+    code = tl.where(inside, low + (unit - lower > odds * gap).to(tl.int32), 0)
+    if PACKED:
+        first, second = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
+        code = first | (second << 4)
+        column = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        inside = (row < count) & (column < (length + 1) // 2)
+    tl.store(codes + row * code_row + column * code_column, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _decode(
+    out,
+    codes,
+    scales,
+    values,
+    count,
+    length,
+    out_row,
+    out_column,
+    code_row,
+    code_column,
+    scale_row,
+    scale_column,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The inverse of _encode."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < count) & (column < length)
+    at = column // 2 if PACKED else column
+    code = tl.load(codes + row * code_row + at * code_column, mask=inside, other=0).to(tl.int32)
+    if PACKED:
+        code = (code >> (column % 2 * 4)) & 15
+    scale = tl.load(scales + row * scale_row + tl.program_id(1) * scale_column, mask=row < count, other=0.0)
+    value = tl.load(values + code) * scale
+    tl.store(out + row * out_row + column * out_column, value.to(out.dtype.element_ty), mask=inside)
 
 
 # ---- on the host ------------------------------------------------------------------------------------------------
@@ -972,3 +1065,47 @@ def _fused_adam_(
         RANK=max(16, triton.next_power_of_2(rank)),
         blocks=shape,
     )
+
+
+def encode_(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    axis: int,
+    seed: int | None,
+    step: Tensor,
+    begin: int = 0,
+) -> None:
+    """See the reference, whose bits these are."""
+    tensors = [reference.rows(tensor, axis) for tensor in (x, codes, scales)]
+    count, length = tensors[0].shape
+    aligned = length % 8 == 0 and begin % 8 == 0
+    with torch.cuda.device_of(codes):
+        _encode[triton.cdiv(count, _CODED_ROWS), triton.cdiv(length, BLOCK)](
+            *(*tensors, table, step, 0 if seed is None else seed, begin, count, length),
+            *(stride for tensor in tensors for stride in tensor.stride()),
+            LAST=len(table) - 2,
+            TINY=torch.finfo(torch.float32).tiny,
+            NOISE=0 if seed is None else 8 if aligned else 1,
+            PACKED=len(table) <= 16,
+            ROWS=_CODED_ROWS,
+            BLOCK=BLOCK,
+        )
+
+
+def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    """See the reference, whose bits these are."""
+    shape = list(codes.shape)
+    shape[axis] = length
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    tensors = [reference.rows(tensor, axis) for tensor in (out, codes, scales)]
+    with torch.cuda.device_of(codes):
+        _decode[triton.cdiv(len(tensors[0]), _CODED_ROWS), triton.cdiv(length, BLOCK)](
+            *(*tensors, table, len(tensors[0]), length),
+            *(stride for tensor in tensors for stride in tensor.stride()),
+            PACKED=len(table) <= 16,
+            ROWS=_CODED_ROWS,
+            BLOCK=BLOCK,
+        )
+    return out
