@@ -130,6 +130,15 @@ def bare(optimizer):
     return graph.replay
 
 
+def captured(optimizer):
+    """A whole ordinary step as a CUDA graph: the engine's look at the gradients is in it."""
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
 def optimizers(size, params, backends):
     """Every arm by name, as a call that takes one step."""
     yield "torch fused, bf16 state", torch.optim.AdamW(params, lr=LR, fused=True).step
@@ -145,6 +154,14 @@ def optimizers(size, params, backends):
             yield f"rank {rank} {backend}", opt.step
             if backend != "reference":
                 yield f"rank {rank} {backend}, graph of its kernels", bare(opt)
+    rank, backend = RANKS[size][0], backends[0]
+    for bits in (32, 8):  # with kept bases, as GaLore has them
+        kept = so.SVD(rank, update_proj_gap=10**9)
+        opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)
+        opt.step()
+        yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step
+        if bits == 32:
+            yield f"rank {rank} {backend}, SVD, graph of a step", captured(opt)
 
 
 def measure(size, backends, rounds, bandwidth, rate):
