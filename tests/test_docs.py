@@ -83,11 +83,14 @@ def test_every_optimizer_has_a_page():
 
 def test_the_measured_figures_are_those_of_the_bench():
     page = PAGES["performance.md"]
-    wide, half = (json.loads((ROOT / name).read_text())["arms"] for name in re.findall(r"bench/results/\S+json", page))
+    files = re.findall(r"bench/results/\S+json", page)
+    wide, half, whole = (json.loads((ROOT / name).read_text())["arms"] for name in files)
     for arm, ours in wide.items():
         ratio = f"{half[arm]['ratio']:.2f}" if arm in half else "–"
         limit = f"{ours['of_limit']:.2f}" if "of_limit" in ours else "–"
         assert f"| {arm} | {ours['ratio']:.2f} | {limit} | {ratio} | {ours['state_bytes'] / 2**20:.1f} |" in page
+    for arm, ours in whole.items():
+        assert f"| {arm} | {ours['ratio']:.3f} | {ours['peak_bytes'] / 2**20:.0f} |" in page
 
 
 def test_links_lead_somewhere():
