@@ -112,6 +112,19 @@ def test_a_run_is_reproducible_and_each_parameter_and_seed_rounds_for_itself(cls
     assert not torch.equal(one, other)
 
 
+@by_name
+def test_experts_of_a_stack_round_and_draw_each_for_itself(cls):
+    """Of equal experts with equal gradients; noise that they share would not average out."""
+    stack = torch.nn.Parameter(torch.ones(3, 16, 12, dtype=torch.bfloat16))
+    opt = cls([stack], lr=5e-3, rank=2, batch_dims=1)
+    for _ in range(2):
+        stack.grad = torch.linspace(0.5, 1.0, 192).view(16, 12).expand(3, 16, 12).bfloat16()
+        opt.step()
+    assert len({tuple(expert.flatten().tolist()) for expert in stack.detach()}) == 3
+    if "seed" in opt.state[stack]:
+        assert len(set(opt.state[stack]["seed"].tolist())) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_other_dtypes_round_to_nearest(dtype):
     ends = [run(so.GaLore, dtype, lr=1e-2, rank=RANK, steps=5, stochastic_rounding=sr)[0] for sr in (True, False)]
