@@ -838,3 +838,20 @@ def test_what_the_hook_cannot_do_is_refused():
 def test_averaging_needs_ranks():
     with pytest.raises(RuntimeError, match=r"average_gradients needs torch.distributed"):
         so.average_gradients(galore(mlp()))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_does_not_scale_the_others(bad):
+    """The step will skip it; a factor of NaN or 0 would take the step of every other tensor as well."""
+    params = [torch.nn.Parameter(torch.ones(8, 6)) for _ in range(3)]
+    opt = so.GaLore(params, rank=2, lr=0.1)
+    for param in params:
+        param.grad = torch.full_like(param, 2.0)
+    params[1].grad[3, 4] = bad
+    norm = opt.clip_grad_norm_(1.0)
+    assert not norm.isfinite() and opt.last_grad_norm is norm
+    joint = torch.stack([params[i].grad for i in (0, 2)]).norm()
+    torch.testing.assert_close(joint, torch.tensor(1.0), rtol=1e-5, atol=0)
+    opt.step()
+    assert opt.skipped_updates == 1
+    assert torch.equal(params[1], torch.ones(8, 6)) and not torch.equal(params[0], torch.ones(8, 6))
