@@ -332,6 +332,7 @@ def tensors(opt):
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 @pytest.mark.parametrize(("state_bits", "basis_bits"), [(32, 32), (8, 32), (32, 4), (8, 8), (4, 4)])
 def test_state_takes_the_bytes_that_nbytes_says(state_bits, basis_bits, proj_type):
+    """D14: 4 bits are half a byte, in the storage itself."""
     shape, rank, dense = (40, 33), 7, (6, 515)
     params = [torch.nn.Parameter(noise(0, shape).float()), torch.nn.Parameter(noise(1, dense).float())]
     settings = {"state_bits": state_bits, "basis_bits": basis_bits}
