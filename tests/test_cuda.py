@@ -13,9 +13,9 @@ import emulated
 import pytest
 import torch
 from buckets import bucket, error, members, some_unusable, twice
-from training import ALL_METHODS, build, net, train
+from training import ALL_METHODS, build, net, set_gradients, train
 
-from subspace_optim import _ext, philox
+from subspace_optim import _ext, engine, philox
 from subspace_optim.kernels import cuda as kernels
 from subspace_optim.kernels import native, reference, select
 from subspace_optim.types import TRANSFORMS, make_plan
@@ -392,6 +392,29 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
     train(mine, opt, range(3))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "adamw")], ids=str)
+def test_an_optimizer_leaves_it_to_the_device_what_is_skipped(method, monkeypatch):
+    """As if the host had known: weights, step counts, ages and the number of skips."""
+    ends = []
+    options = {} if method.id == "adamw" else {"update_proj_gap": 100, "stagger": False}
+    for device in (False, True):
+        if device:
+            monkeypatch.setattr(select, "resolve", lambda backend, plan: kernels)
+            monkeypatch.setattr(engine, "_waits", lambda peaks: True)
+        params = net()
+        opt = build(method, params, backend="reference", **options)
+        for step in range(4):
+            set_gradients(params, step)
+            if step == 2:
+                params["tall"].grad[0, 0] = params["vector"].grad[3] = math.nan
+            opt.step()
+        assert opt.skipped_updates == 2
+        ends.append((params, [[state["step"], state.get("age", 0)] for state in opt.state.values()]))
+    for name, param in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], param, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ends[1][1], ends[0][1], rtol=0, atol=0)
 
 
 # ---- the library, and the emulator itself ---------------------------------------------------------------------------
