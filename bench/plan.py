@@ -31,7 +31,7 @@ def measured(size, settings, steps):
         model = LlamaForCausalLM(LlamaConfig(**llama_options(SIZES[size]))).train()
     if settings["checkpointing"]:
         enable_checkpointing(model)
-    names = ("rank", "state_bits", "basis_bits")
+    names = ("rank", "embedding_rank", "state_bits", "basis_bits")
     optimizer = so.create(model, settings["optimizer"], **{key: settings[key] for key in names if key in settings})
     if settings["layerwise"] != "off":
         so.project_in_backward(model, optimizer, linear=settings["layerwise"] == "linear", early=True)

@@ -163,7 +163,7 @@ def _options(
     bits: Mapping[str, Sequence[int]],
 ) -> list[Choice]:
     """What one matrix could be given; a dense matrix has no basis, so its bits do not matter."""
-    smaller = min(_matrix_plan(group, param).matrix)
+    smaller = min(matrix_plan(group, param).matrix)
     lost = energy_lost(spectrum, smaller)
     options = []
     for rank, *values in product((None, *(r for r in ranks if r < smaller)), *bits.values()):
@@ -190,7 +190,7 @@ def coding_error(kind: storage.Kind, bits: int) -> float:
     return float((codec.decode(*kept, x.dtype) - x).square().sum() / x.square().sum())
 
 
-def _matrix_plan(group: Group, param: Tensor) -> Plan:
+def matrix_plan(group: Group, param: Tensor) -> Plan:
     """How the parameter is seen when it is projected at all."""
     return make_plan(tuple(param.shape), param.dtype, param.device, 1, batch_dims=group.get("batch_dims", 0))
 
@@ -239,7 +239,7 @@ def spectra_of(model: nn.Module, groups: Iterable[Group], probe: Callable[[nn.Mo
                 raise ValueError(
                     f"probe: it left no finite gradient other than 0 on {name}; run a few batches backward"
                 )
-            matrices = _matrix_plan(group, param).matrices(grad.float())
+            matrices = matrix_plan(group, param).matrices(grad.float())
             found[name] = torch.stack([torch.linalg.svdvals(g).square() for g in matrices]).mean(0).sqrt()
     model.zero_grad(set_to_none=True)
     return found

@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--fit",
         metavar="SIZE",
-        help="make the run fit into so much memory (24GB): checkpointing, micro-batch, layerwise, bits, precision, "
-        "rank, the cheapest first; options that are given stay (on a CPU: beside what Python and torch take)",
+        help="make the run fit into so much memory (24GB): checkpointing, micro-batch, layerwise, bits, rank, "
+        "precision, the cheapest first; options that are given stay (on a CPU: beside what Python and torch take)",
     )
     where = one.add_argument_group("results")
     where.add_argument("--out", metavar="DIR", help="where checkpoints and reports go (default: a new folder in runs/)")
@@ -185,6 +185,12 @@ def _add_model_options(model: argparse._ActionsContainer) -> None:
 def _add_projection_options(update: argparse._ActionsContainer) -> None:
     update.add_argument(
         "--rank", type=_rank, metavar="R", help="of the projection; below 1: a fraction of the dimension"
+    )
+    update.add_argument(
+        "--embedding-rank",
+        type=_rank,
+        metavar="R",
+        help="project embeddings and head too (default: dense)",
     )
     for what in ("state", "basis"):
         name = {"state": "moments", "basis": "bases"}[what]

@@ -19,6 +19,7 @@ def param_groups(
     *,
     target: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    embedding_rank: int | float | None = None,
     weight_decay: float = 0.0,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -35,6 +36,8 @@ def param_groups(
             names; None or "all-linear" is the default choice. A target may name any tensor of two or more dimensions;
             stacked experts (3-D, not a convolution) are stepped as a batch of matrices.
         exclude: names to leave dense, in the same form.
+        embedding_rank: of embeddings and the output head, which are dense without it. Their scale is 1: they step as
+            far as the dense tensors do.
         weight_decay: of every matrix.
         **options: further keys of the projected groups: update_proj_gap, scale, proj_type, …
 
@@ -42,6 +45,8 @@ def param_groups(
         TypeError: `model` is not a module.
         ValueError: a pattern matches no trainable tensor, or there is nothing to project.
     """
+    if rank is None and embedding_rank is not None:
+        raise ValueError(f"embedding_rank={embedding_rank!r} has no meaning where rank=None leaves all dense")
     if not isinstance(model, nn.Module):
         raise TypeError(f"param_groups needs a torch.nn.Module to read layer names from, not {type(model).__name__}")
     owners = _owners(model)
@@ -51,7 +56,8 @@ def param_groups(
         chosen = _linear(model, owners) | _experts(owners)
     else:
         chosen = matching(targets, matrices, "target")
-    chosen -= matching(excludes, matrices, "exclude") if excludes else set()
+    excluded = matching(excludes, matrices, "exclude") if excludes else set()
+    chosen -= excluded
     if rank is None:
         chosen = set()
     elif not chosen:
@@ -61,10 +67,13 @@ def param_groups(
     def group(names: Iterable[str], **keys: Any) -> dict[str, Any]:
         return {"params": [(name, owners[name][2]) for name in names], **keys}
 
-    dense = [name for name in owners if name not in chosen]
+    ends = _ends(model, owners) & set(matrices) - chosen - excluded if embedding_rank is not None else set()
+    dense = [name for name in owners if name not in chosen | ends]
+    own = {**options, "rank": embedding_rank, "scale": 1.0, "weight_decay": weight_decay}
     groups = [
         group((n for n in owners if n in chosen - stacked), rank=rank, weight_decay=weight_decay, **options),
         group((n for n in owners if n in stacked), rank=rank, weight_decay=weight_decay, batch_dims=1, **options),
+        group((n for n in owners if n in ends), **own),
         group((n for n in dense if n in matrices), rank=None, weight_decay=weight_decay),
         group((n for n in dense if n not in matrices), rank=None, weight_decay=0.0),
     ]
@@ -85,20 +94,25 @@ def _owners(model: nn.Module) -> dict[str, tuple[str, nn.Module, Tensor]]:
 
 def _linear(model: nn.Module, owners: dict[str, tuple[str, nn.Module, Tensor]]) -> set[str]:
     """The weights of linear layers that are neither the head nor tied to an embedding."""
-    modules = dict(model.named_modules())
-    find_head = getattr(model, "get_output_embeddings", None)
-    head = find_head() if callable(find_head) else None
-    kept_dense = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)} | {
-        id(getattr(head, "weight", None))
-    }
-    return {
+    # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
+    linear = {
         name
-        for name, (module_name, module, param) in owners.items()
-        # transformers' Conv1D (GPT-2) is a linear layer with a transposed weight.
+        for name, (_, module, param) in owners.items()
         if (isinstance(module, nn.Linear | nn.MultiheadAttention) or type(module).__name__ == "Conv1D")
         and param.ndim == 2
-        and id(param) not in kept_dense
-        and not _HEAD.fullmatch(module_name)
+    }
+    return linear - _ends(model, owners)
+
+
+def _ends(model: nn.Module, owners: dict[str, tuple[str, nn.Module, Tensor]]) -> set[str]:
+    """The matrices of embeddings and of the head."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
+    ids = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(getattr(head, "weight", None))}
+    return {
+        name
+        for name, (module_name, _, param) in owners.items()
+        if param.ndim == 2 and (id(param) in ids or _HEAD.fullmatch(module_name))
     }
 
 

@@ -341,3 +341,22 @@ def test_repr_holds_the_groups_the_parts_and_the_summary():
 
 def test_a_tensor_without_a_name_is_called_by_its_place_and_shape():
     assert "parameter 0 of shape (8, 6)" in so.GaLore([nn.Parameter(torch.zeros(8, 6))], rank=3).summary()
+
+
+def test_embeddings_and_head_take_a_rank_of_their_own():
+    """As far a step as the dense tensors'; what is excluded stays dense, and tied weights appear once."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    groups = so.param_groups(model, 4, embedding_rank=8, scale=0.25, weight_decay=0.1)
+    own = [group for group in groups if group["rank"] == 8]
+    assert [name for name, _ in own[0]["params"]] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert len(own) == 1 and own[0]["scale"] == 1 and own[0]["weight_decay"] == 0.1
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    groups = so.param_groups(model, 4, embedding_rank=8, exclude="embed_tokens")
+    assert [name for group in groups if group["rank"] == 8 for name, _ in group["params"]] == ["lm_head.weight"]
+    opt = so.create(model, "galore", rank=4, embedding_rank=8)
+    assert [opt.plan_of(i, g["params"][0]).rank for i, g in enumerate(opt.param_groups)] == [4, 8, 0]
+    with pytest.raises(ValueError, match="embedding_rank=8"):
+        so.create(model, "adamw", embedding_rank=8)

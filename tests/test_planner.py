@@ -221,6 +221,7 @@ def test_what_does_not_fit_is_changed_from_the_cheapest_on():
     changed = tight.fitting.settings
     assert changed["batch"] * changed["accumulation"] == 8
     same = {key: changed[key] for key in ("rank", "dtype", "batch", "accumulation", "checkpointing")}
+    same["embedding_rank"] = changed.get("embedding_rank")
     assert so.plan(small(), seq=64, **same).peak == tight.fitting.peak
     assert "dtype" not in planned("3MB", keep=["dtype"]).changes
     hopeless = planned("300kB")
@@ -234,6 +235,35 @@ def test_a_plan_is_said_and_saved(tmp_path):
     plan.save(tmp_path / "plan.json")
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["peak"] == plan.peak and found["bytes"] == dict(plan.bytes) and found["settings"]["rank"] == 16
+
+
+@pytest.mark.parametrize(
+    ("capacity", "options"),
+    [("20GB", {"batch": 8, "basis_bits": 8}), ("16GB", {"rank": 64, "embedding_rank": 192, "basis_bits": 4})],
+)
+def test_a_7b_is_made_to_fit_with_little_state(capacity, options):
+    """Issue 4.5: at most 2 % of the bytes of fp32 AdamW's state, which is two floats a parameter."""
+    options |= {"accumulation": 64, "checkpointing": True, "layerwise": "hooks", "dtype": "bfloat16", "state_bits": 8}
+    found = so.plan("7b", gpu=capacity, keep=["batch"], **options)
+    plan = found.fitting or found
+    assert plan.peak <= bytes_of(capacity) and plan.settings["state_bits"] == 8
+    assert plan.bytes["moments"] + plan.bytes["basis"] <= 0.02 * 8 * plan.parameters
+    if capacity == "20GB":
+        chosen = {"rank": 256, "basis_bits": 4, "embedding_rank": 768, "batch": 8}
+        assert {key: plan.settings[key] for key in chosen} == chosen
+        assert plan.ranks["lm_head"] == plan.ranks["model.embed_tokens"] == (768,)
+        assert "rank 768" in plan.table() and "rank 256" in plan.table()
+
+
+@pytest.mark.parametrize(("name", "most"), [("galore", 0.02), ("gradnormlorp", 0.105)])
+def test_what_8_bits_leave_of_the_state_of_a_7b(name, most):
+    """GradNormLoRP's paper has -89.5 % of the optimizer's memory at 8 bits."""
+    bits = {"state_bits": 8, "basis_bits": 4} if name == "galore" else {"state_bits": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**llama_options(SIZES["7b"])))
+    optimizer = so.create(model, name, rank=256, embedding_rank=768 if name == "galore" else None, **bits)
+    optimizer.allocate_state()
+    assert optimizer.state_bytes() <= most * 8 * sum(p.numel() for p in model.parameters())
 
 
 # ---- a budget -------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def create(
     rank: int | float | str | None = "default",
     target: Any = None,
     exclude: Any = None,
+    embedding_rank: int | float | None = None,
     **options: Any,
 ) -> SubspaceOptimizer:
     """Make an optimizer for a model, with its parameters in the right groups.
@@ -63,6 +64,7 @@ def create(
         rank: by default 128, and None (dense) for adamw, grams and the projector none.
         target: see `param_groups`.
         exclude: see `param_groups`.
+        embedding_rank: see `param_groups`.
         **options: of the optimizer.
 
     Raises:
@@ -75,7 +77,8 @@ def create(
         rank = None if dense else _DEFAULT_RANK
     if rank is not None and dense and key != "grams":
         raise ValueError(f"rank={rank!r} has no meaning for '{name}', which projects nothing; leave it out")
-    groups = param_groups(model, rank, target=target, exclude=exclude, weight_decay=weight_decay)  # type: ignore[arg-type]
+    chosen = {"target": target, "exclude": exclude, "embedding_rank": embedding_rank, "weight_decay": weight_decay}
+    groups = param_groups(model, rank, **chosen)  # type: ignore[arg-type]
     return cls(groups, lr=lr, weight_decay=weight_decay, **fixed, **options)
 
 

@@ -46,7 +46,7 @@ class Job:
         return from_groups(self.optimizer, groups, self.options)
 
 
-_OF_GROUPS = ("rank", "target", "exclude", "weight_decay")
+_OF_GROUPS = ("rank", "target", "exclude", "embedding_rank", "weight_decay")
 
 
 def open_groups(model: nn.Module, options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ class MemoryPlan:
         phases: the peak of each phase, without margin: start, forward, backward, step.
         phase: the one that holds the peak.
         projectable: whether `project_in_backward` serves the optimizer.
+        ranks: of the matrices of every layer; 0 where one is dense.
         capacity: bytes it is to fit into; None where none was given.
         fitting: where it does not fit, the plan after the cheapest changes that make it fit; None if none do.
         least: where nothing makes it fit, the bytes of the smallest plan that was found.
@@ -68,6 +69,7 @@ class MemoryPlan:
     phases: Mapping[str, int]
     phase: str
     projectable: bool
+    ranks: Mapping[str, tuple[int, ...]]
     capacity: int | None = None
     fitting: MemoryPlan | None = None
     least: int | None = None
@@ -124,28 +126,31 @@ class MemoryPlan:
         return f"does not fit: {room}; it does with {changes}: {words(self.fitting.peak)}"
 
     def table(self) -> str:
-        """Bytes by layer and category, layers of a stack added up, and the verdict."""
+        """Bytes by layer and category, how its matrices are stepped, layers of a stack added up, and the verdict."""
         used = [category for category in CATEGORIES if any(row.get(category) for row in self.layers.values())]
         rows: dict[str, Counter[str]] = defaultdict(Counter)
         counts: Counter[str] = Counter()
+        ranks: dict[str, set[int]] = defaultdict(set)
         for layer, held in self.layers.items():
             label = re.sub(r"\d+$", "*", layer)
             rows[label].update(held)
             counts[label] += 1
+            ranks[label].update(self.ranks.get(layer, ()))
         unit, scale = ("GiB", 2**30) if self.peak >= 2**32 else ("MiB", 2**20)
 
         def cell(count: int) -> str:
             return f"{count / scale:.2f}"
 
-        lines = [(unit, *used, "total")]
+        lines = [(unit, *used, "total", "matrices")]
         for label, held in rows.items():
             name = f"{counts[label]} × {label}" if counts[label] > 1 else label
-            lines.append((name, *(cell(held[c]) for c in used), cell(sum(held.values()))))
+            lines.append((name, *(cell(held[c]) for c in used), cell(sum(held.values())), _stepped(ranks[label])))
         if self.bytes["margin"]:
-            lines.append(("margin", *("" for _ in used), cell(self.bytes["margin"])))
-        lines.append(("peak", *(cell(self.bytes[c]) for c in used), cell(self.peak)))
+            lines.append(("margin", *("" for _ in used), cell(self.bytes["margin"]), ""))
+        lines.append(("peak", *(cell(self.bytes[c]) for c in used), cell(self.peak), ""))
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
+        cells = ((line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:-1]), line[-1]) for line in lines)
+        text = ["  ".join(row).rstrip() for row in cells]
         if self.choices:
             taken = Counter(", ".join(f"{k} {v}" for k, v in c.options.items()) for c in self.choices.values())
             text += ["", *(f"{count} matrices: {options}" for options, count in taken.most_common())]
@@ -161,6 +166,12 @@ class MemoryPlan:
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def _stepped(ranks: set[int]) -> str:
+    projected = sorted(ranks - {0})
+    span = [f"rank {' to '.join(map(str, dict.fromkeys((projected[0], projected[-1]))))}"] if projected else []
+    return ", ".join(["dense"] * (0 in ranks) + span)
 
 
 def words(count: int) -> str:
@@ -206,6 +217,8 @@ def planned(job: Job, name: str, capacity: int | None, give_up: bool = False) ->
         "rank": result.rank,
     }
     return MemoryPlan(
-        *(settings, result.parameters, held, dict(layers), result.phases, result.phase, result.projectable, capacity),
+        *(settings, result.parameters, held, dict(layers), result.phases, result.phase, result.projectable),
+        ranks=result.ranks,
+        capacity=capacity,
         choices=job.choices or {},
     )

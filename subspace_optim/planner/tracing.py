@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -331,11 +331,12 @@ class Trace:
 
     Attributes:
         parameters: of the model.
-        rank: the largest one.
+        rank: of the projected matrices; of their first group where a budget chose.
         held: bytes at the peak, by (category, layer).
         phases: the peak of each.
         phase: of the peak.
         projectable: whether gradients may be projected within backward.
+        ranks: of the matrices of every layer; 0 where one is dense.
     """
 
     parameters: int
@@ -344,6 +345,7 @@ class Trace:
     phases: dict[str, int]
     phase: str
     projectable: bool
+    ranks: dict[str, tuple[int, ...]]
 
 
 def trace(job: Job, limit: float = math.inf) -> Trace:
@@ -403,11 +405,22 @@ def _run(job: Job, limit: float, fold: bool) -> Trace | None:
                 optimizer.step()
                 del aside
         deltas = unfolded(recorder, stacks)
-        ranks = [group["rank"] for group in optimizer.param_groups if group["rank"] is not None]
+        # Of the first group: those of embeddings and head come behind it.
+        rank = next((group["rank"] for group in optimizer.param_groups if group["rank"] is not None), None)
         parameters = sum(p.numel() for p in model.parameters())
         found = None if deltas is None else _peak(deltas)
         projectable = not optimizer.whole_gradient
-    return None if found is None else Trace(parameters, max(ranks, default=None), *found, projectable)
+        found_ranks = _ranks(optimizer, names)
+    return None if found is None else Trace(parameters, rank, *found, projectable, found_ranks)
+
+
+def _ranks(optimizer: SubspaceOptimizer, names: Names) -> dict[str, tuple[int, ...]]:
+    found: dict[str, set[int]] = defaultdict(set)
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if param.ndim >= 2:
+                found[layer_of(names[param])].add(optimizer.plan_of(index, param).rank)
+    return {layer: tuple(sorted(ranks)) for layer, ranks in found.items()}
 
 
 def _pass(recorder: Recorder, job: Job, model: nn.Module, optimizer: SubspaceOptimizer, names: Names) -> None:

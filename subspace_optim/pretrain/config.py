@@ -107,6 +107,7 @@ class RunConfig:
     tokenizer: str
     optimizer: str
     rank: int | float | None
+    embedding_rank: int | float | None
     update_proj_gap: int | None
     scale: float | None
     lr: float
@@ -138,7 +139,7 @@ class RunConfig:
     @property
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments for ``subspace_optim.create``; what is None is left to the optimizer."""
-        optional = {"betas": self.betas, "update_proj_gap": self.update_proj_gap, "scale": self.scale}
+        optional = {key: getattr(self, key) for key in ("betas", "embedding_rank", "update_proj_gap", "scale")}
         return {
             "lr": self.lr,
             "weight_decay": self.weight_decay,
@@ -222,7 +223,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
                 "projected; choose a lower rank, or --optimizer adamw"
             )
     else:
-        for key in ("rank", "update_proj_gap", "scale"):
+        for key in ("rank", "embedding_rank", "update_proj_gap", "scale"):
             if key in given:
                 raise UserError(
                     f"{flag(key)} {given[key]}: {values['optimizer']} projects nothing; "
@@ -232,8 +233,8 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key in ("update_proj_gap", "scale", "lr"):
         values.setdefault(key, getattr(defaults, key))
     fixed: dict[str, Any] = {
-        "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32, "rounding": "stochastic",
-        "dtype": "float32", "gradient_checkpointing": False, "compile": False,
+        "embedding_rank": None, "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32,
+        "rounding": "stochastic", "dtype": "float32", "gradient_checkpointing": False, "compile": False,
         "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
         "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off",
         "parallel": "auto", "seed": 0, "eval_every": size.every, "save_every": size.every, "keep": 2, "watch": 0,
@@ -284,9 +285,11 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for beta in values.get("betas") or ():
         if not 0 <= beta < 1:
             raise UserError(f"--betas {beta}: each must be at least 0 and below 1, such as 0.9 0.999")
-    rank = values.get("rank")
-    if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
-        raise UserError(f"--rank {rank}: must be a whole number from 1 up, or a fraction between 0 and 1")
+    for key in ("rank", "embedding_rank"):
+        rank = values.get(key)
+        if rank is None or (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+            continue
+        raise UserError(f"{flag(key)} {rank}: must be a whole number from 1 up, or a fraction between 0 and 1")
 
 
 def _size(model: str) -> tuple[Size, dict[str, int]]:

@@ -24,6 +24,7 @@ SETTINGS = {
     "accumulation": "accumulate",
     "layerwise": "layerwise",
     "rank": "rank",
+    "embedding_rank": "embedding_rank",
     "state_bits": "state_bits",
     "basis_bits": "basis_bits",
 }
