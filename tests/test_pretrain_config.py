@@ -101,6 +101,11 @@ def test_a_model_is_read_from_json(tmp_path):
 def test_a_configuration_survives_json():
     run = resolve({"betas": (0.8, 0.9), "data": ("a", "b")})
     assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+    older = {key: value for key, value in run.to_dict().items() if key not in config.BEFORE}
+    assert config.RunConfig.from_dict(older) == run
+    for other in ({**older, "flavour": 1}, {key: value for key, value in older.items() if key != "lr"}):
+        with pytest.raises(UserError, match="do not fit this version"):
+            config.RunConfig.from_dict(other)
 
 
 @pytest.mark.parametrize("gib", [1, 3, 6, 8, 11, 16, 24, 40, 80, 141])

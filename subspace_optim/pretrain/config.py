@@ -86,6 +86,9 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
     return row
 
 
+BEFORE = {"embedding_rank": None}  # what runs go by that were begun before an option existed
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Every option of one run, with nothing left to a default."""
@@ -157,7 +160,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``, also of an earlier version's.
 
         Args:
             values: The options by name.
@@ -165,6 +168,7 @@ class RunConfig:
         Raises:
             UserError: An option is missing or unknown, so another version wrote them.
         """
+        values = {**BEFORE, **values}
         names = {field.name for field in fields(cls)}
         if names != set(values):
             odd = ", ".join(sorted(names ^ set(values)))

@@ -74,7 +74,7 @@ def plan_run(
             **more,
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"--optimizer {config.optimizer}: {error}") from error
+        raise UserError(f"--model {config.model}, --optimizer {config.optimizer}: {error}") from error
 
 
 def fit(given: Mapping[str, Any], capacity: str) -> tuple[dict[str, Any], so.MemoryPlan]:
