@@ -92,3 +92,11 @@ def test_names_are_checked_first(tmp_path, corpus, capsys):
     refused(capsys, ["compare", "adamw", "galoer", "--out", str(tmp_path / "out")], "galoer", "galore")
     refused(capsys, ["compare", "osd", "online_subspace_descent", "--out", str(tmp_path / "out")], "osd", "twice")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_does_not_move_into_a_run(tmp_path, corpus, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("{}")
+    assert main(arguments(corpus, tmp_path / "out")) == 2
+    assert "holds a run of pretrain" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]

@@ -49,6 +49,10 @@ def compare(given: Mapping[str, Any]) -> int:
     configs = {name: resolve(_options_for(name, options)) for name in names}
     for config in configs.values():
         check(config)
+    if holds_run(out):
+        raise UserError(
+            f"--out {out}: holds a run of pretrain, and a comparison is a folder of runs; choose another --out"
+        )
     for name, config in configs.items():
         if holds_run(out / name) and not _belongs(out / name, config):
             if not overwrite:
