@@ -7,6 +7,7 @@ One step, in six hops:
     4. rule.step_  picks state and hyperparameters for the kernel
     5. kernel      project, moments, transform, back-project, decay, one write of the parameter
     6. advance_    a projector that learns from every gradient does so
+What is held between steps (groups, state, checkpoints) is in state.py.
 """
 
 from __future__ import annotations
