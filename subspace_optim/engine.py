@@ -572,7 +572,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         with self.observer.step(self.rule, bucket, kernel):
             self.rule.step_(seen, hyper, kernel)
         if self.projector.learns:
-            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
+            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group), kernel)
             if changes is not None:
                 self.rule.carry_(plan, bucket.states, changes, hyper)
             storage.keep_bases_(bucket, kernel)

@@ -1,7 +1,8 @@
 """The kernels as torch ops: every schema, fake and default kernel. This page is the whole kernel API.
 
 The default kernel of an op is the reference; csrc/ registers faster ones for the CPU under the same names. Bases come
-flat, as in kernels/reference.py; `side` is an index into SIDES and `transform` one into TRANSFORMS.
+flat, as in kernels/reference.py; `side` is an index into SIDES, `transform` one into TRANSFORMS, `products` one into
+PRODUCTS: a permission, of which the reference makes no use.
 
 Defined by hand, because `torch.library.custom_op` would cost a step 80 µs a call.
 """
@@ -21,6 +22,7 @@ from .kernels import reference
 from .types import TRANSFORMS, Side
 
 SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
+PRODUCTS = ("exact", "own", "rounded")  # what may be multiplied in bfloat16: nothing, bfloat16 tensors, everything
 
 _library = Library("subspace_optim", "DEF")  # type: ignore[no-untyped-call]
 
@@ -34,12 +36,17 @@ def _define(schema: str, default: Callable[..., Any] | None, fake: Callable[...,
 
 
 def _decoded(kernel: Callable[..., Any], **tables: Sequence[Any]) -> Callable[..., Any]:
-    """The kernel, taking indices into these tables where it takes their values."""
-    at = {i: tables[name] for i, name in enumerate(signature(kernel).parameters) if name in tables}
-    return lambda *arguments: kernel(*(at[i][value] if i in at else value for i, value in enumerate(arguments)))
+    """The kernel, taking indices into these tables where it takes their values, and `products` at the end, unused."""
+    names = [name for name in signature(kernel).parameters if name != "finite"]
+    at = [tables.get(name) for name in names]
+    return lambda *arguments: kernel(
+        *(value if table is None else table[value] for value, table in zip(arguments, at, strict=False))
+    )
 
 
-def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype) -> list[Tensor]:
+def _fake_project(
+    grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype, products: int = 0
+) -> list[Tensor]:
     lows = []
     for i, grad in enumerate(grads):
         (m, n), rank = grad.shape, bases[i].shape[1]
@@ -50,7 +57,7 @@ def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: to
 
 # A dense gradient is its own projection, which an op may not return: the side is never None here.
 _define(
-    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype) -> Tensor[]",
+    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype, int products=0) -> Tensor[]",
     _decoded(reference.project, side=SIDES),
     _fake_project,
 )
@@ -70,7 +77,7 @@ _define(
 
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
-    "float weight_decay, float scale, int side, bool sign) -> ()",
+    "float weight_decay, float scale, int side, bool sign, int products=0) -> ()",
     _decoded(reference.apply_, side=SIDES),
     lambda *_: None,
 )
@@ -78,7 +85,7 @@ _define(
 _define(
     "projected_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
-    "float weight_decay, float scale, int side, int transform) -> ()",
+    "float weight_decay, float scale, int side, int transform, int products=0) -> ()",
     _decoded(reference.projected_adam_, side=SIDES, transform=TRANSFORMS),
     lambda *_: None,
 )
@@ -88,7 +95,8 @@ _define(
 _define(
     "weight_norm_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] length_avgs, Tensor(e!)[] length_avg_sqs, Tensor[] bases, Tensor(f!)[] steps, int[] seeds, "
-    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform) -> ()",
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform, "
+    "int products=0) -> ()",
     None,
     lambda *_: None,
 )
@@ -97,7 +105,7 @@ _define(
     "compressed_adafactor_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] row_averages, "
     "Tensor(d!)[] column_averages, Tensor[] previous, Tensor[] bases, bool[] carried, Tensor(e!)[] steps, int[] seeds, "
     "Tensor lr, float beta1, float decay_rate, float clip_threshold, float weight_decay, float scale, int side, "
-    "int transform) -> ()",
+    "int transform, int products=0) -> ()",
     None,
     lambda *_: None,
 )

@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from . import philox
 from .distributed import WHOLE, Sharding
+from .kernels import reference
 from .types import Bases, Change, Plan, Side, State, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
@@ -73,7 +74,13 @@ class Projector:
         return [tuple(state[key] for key in plan.basis_keys) for state in states]
 
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        grads: Sequence[Tensor],
+        lows: Sequence[Tensor],
+        lr_ratio: float,
+        kernel: Any,
     ) -> list[Change] | None:
         """Learn from the gradients after the parameters have been written; `lows` are their R where there is one."""
         return None
@@ -342,7 +349,13 @@ class OnlinePCA(SVD):
         return plan.state_dtype.itemsize * math.prod(plan.low_shape)
 
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        grads: Sequence[Tensor],
+        lows: Sequence[Tensor],
+        lr_ratio: float,
+        kernel: Any,
     ) -> list[Change] | None:
         """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
         changes = []
@@ -356,7 +369,7 @@ class OnlinePCA(SVD):
             state["basis_step"] += 1
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
                 low = _oriented(lows[i], side) if lows and plan.side != "both" else None
-                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low)
+                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low, kernel)
                 self._descend_(state, key, slope, lr_ratio)
             retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
             changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
@@ -380,15 +393,17 @@ class OnlinePCA(SVD):
         side: Side = "right",
         sharding: Sharding = WHOLE,
         low: Tensor | None = None,
+        kernel: Any = reference,
     ) -> Tensor:
         """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q.
 
-        `low` is grad Q, where it is known.
+        `low` is grad Q, where it is known; `kernel` multiplies with the gradient, and sums over its shards.
         """
-        wide, rank, along = _oriented(grad, side).to(q.dtype), q.shape[1], _axis(side)
+        rank, along = q.shape[1], _axis(side)
         if low is None:
-            (low,) = sharding.sum([wide @ q], along)
-        (pulled,) = sharding.sum([(wide.mT @ (low / norm)).div_(norm)], 1 - along)
+            low = _oriented(kernel.project([grad], [q], side, q.dtype)[0], side)
+        other: Side = "right" if side == "left" else "left"  # ĜᵀR̂ is a projection, too: by R̂ from the other side
+        pulled = _oriented(kernel.project([grad], [low / norm], other, q.dtype)[0], other).div_(norm)
         both = torch.cat((q, pulled), dim=1)
         (overlap,) = sharding.sum([q.mT @ both], along)  # QᵀQ beside R̂ᵀR̂ = QᵀĜᵀR̂
         excess = overlap[:, :rank].clone()
