@@ -439,7 +439,35 @@ def _identity(plan: Plan) -> Change:
 
 
 def _qr(sharding: Sharding, x: Tensor) -> Tensor:
-    return sharding.once(x, lambda: torch.linalg.qr(x)[0])
+    """Orthonormal columns of the same span. On a CPU Householder's QR takes half the time of Cholesky's."""
+
+    def columns() -> Tensor:
+        q = cholesky_qr(x) if x.is_cuda else None
+        return torch.linalg.qr(x)[0] if q is None else q
+
+    return sharding.once(x, columns)
+
+
+def cholesky_qr(x: Tensor) -> Tensor | None:
+    """Orthonormal columns by CholeskyQR, twice: products and triangular solves alone, which a GPU is fast at.
+
+    XᵀX = LLᵀ, Q = X L⁻ᵀ. The first time in float64, because the condition number is squared.
+
+    Args:
+        x: a batch of (d, r).
+
+    Returns:
+        The batch of Q; None where columns are dependent to rounding, and Householder's QR has to do.
+    """
+
+    def divided(q: Tensor, gram: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0].mT, q, upper=True, left=False)
+
+    wide = x.double()
+    q = divided(wide, wide.mT @ wide).to(x.dtype)
+    gram = q.mT @ q
+    error = (gram - torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)).abs().amax()
+    return divided(q, gram) if error < 0.1 else None  # nor is NaN, where a factorisation failed
 
 
 def _orthonormal(plan: Plan, state: State) -> Bases:
