@@ -28,7 +28,7 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, LAYOUT_KEYS, Seat, StatefulOptimizer, member_states, name_in, plan_for
+from .state import DTYPES, Seat, StatefulOptimizer, member_states, name_in, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -296,10 +296,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         gap = self.param_groups[index]["update_proj_gap"]
         return None if any(self.projector.due(member, gap) for member in member_states(plan, state)) else plan
 
-    def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
-        """The bases in force of the matrices of a projected tensor."""
+    def bases(self, plan: Plan, param: Tensor, kernel: Kernel | None = None) -> list[Bases]:
+        """The bases in force of the matrices of a projected tensor; `kernel` decodes them, if it is known already."""
         assert self.projector is not None
-        kernel = select.resolve(self.backend, plan)
+        kernel = kernel or select.resolve(self.backend, plan)
         states = [storage.with_bases(plan, member, kernel) for member in member_states(plan, self.state[param])]
         return self.projector.bases(plan, states)
 
@@ -349,7 +349,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         for plan, params in alike.items():
             kernel = select.resolve(self.backend, plan)
             grads = [g for param in params for g in self._grads(plan, param)]
-            bases = flat([own for param in params for own in self.bases(plan, param)])
+            bases = flat([own for param in params for own in self.bases(plan, param, kernel)])
             lows = kernel.project(grads, bases, plan.side, plan.state_dtype)
             count = len(plan.members)
             for i, param in enumerate(params):
@@ -437,8 +437,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             self._refuse_flattened()
         for index, group in enumerate(self.param_groups):
             self._check_group(group, f"group {index}")
-        makings = (self.projector, self.rule, self.dense_rule, self.seed)
-        options = [(*(group[key] for key in LAYOUT_KEYS), *makings) for group in self.param_groups]
+        options = [self._options(group) for group in self.param_groups]
         taking: dict[tuple[int, Plan, bool], list[tuple[Seat, Tensor]]] = {}
         for position, index, i, param in self._positions():
             ahead = bool(self.lows) and param in self.lows

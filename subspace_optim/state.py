@@ -53,7 +53,7 @@ class Seat:
     streams: list[int]
 
     def fits(self, param: Tensor, makings: tuple[Any, ...]) -> bool:
-        """Whether nothing has changed."""
+        """Whether the plan is still that of this parameter."""
         plan = self.plan
         same = plan.shape == param.shape and plan.dtype == param.dtype and plan.device == param.device
         return same and self.makings == makings
@@ -92,7 +92,7 @@ class StatefulOptimizer(Optimizer):
     backend: str
     lows: dict[Tensor, list[Tensor]]
     _skips: dict[torch.device, Tensor]  # counted where the parameters are
-    _seats: dict[int, Seat]  # by position
+    _seats: dict[int, Seat]  # by the id of the parameter, which another one may have had before it
 
     @property
     def skipped_updates(self) -> int:
@@ -159,22 +159,32 @@ class StatefulOptimizer(Optimizer):
 
     def plan_of(self, index: int, param: Tensor) -> Plan:
         """How a tensor of the group with this index is stepped."""
-        return plan_for(param, self.param_groups[index])
+        seat, group = self._seats.get(id(param)), self.param_groups[index]
+        if seat is not None and seat.fits(param, self._makings(param, self._options(group))):
+            return seat.plan
+        return plan_for(param, group)
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a tensor of this optimizer."""
         return next(name_in(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
 
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """All that the seats of a group follow from, but for the parameters themselves."""
+        return (*(group[key] for key in LAYOUT_KEYS), self.projector, self.rule, self.dense_rule, self.seed)
+
+    @staticmethod
+    def _makings(param: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (options, distributed.Layout.of(param)) if distributed.is_sharded(param) else (options, None)
+
     def _seat(self, position: int, param: Tensor, group: dict[str, Any], options: tuple[Any, ...]) -> Seat:
-        """The seat of a parameter; `options` are all that it follows from but for the parameter itself."""
-        makings = (options, distributed.Layout.of(param)) if distributed.is_sharded(param) else (options, None)
-        seat = self._seats.get(position)
-        if seat is None or not seat.fits(param, makings):
+        """The seat of a parameter of a group with these `_options`."""
+        makings, seat = self._makings(param, options), self._seats.get(id(param))
+        if seat is None or seat.position != position or not seat.fits(param, makings):
             plan = plan_for(param, group)
             shapes = {key: shape for key, (shape, _) in self._wanted(plan).items()}
             orders = [position + j for j in plan.members]
             streams = [self._stream(plan, position, j) for j in plan.members]
-            seat = self._seats[position] = Seat(position, makings, plan, shapes, orders, streams)
+            seat = self._seats[id(param)] = Seat(position, makings, plan, shapes, orders, streams)
         return seat
 
     def _check_state(self, position: int, index: int, i: int, param: Tensor, seat: Seat) -> None:
