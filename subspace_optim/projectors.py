@@ -370,20 +370,18 @@ class OnlinePCA(SVD):
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
                 low = _oriented(lows[i], side) if lows and plan.side != "both" else None
                 slope = self.gradient(state[key], grad, norm, side, plan.sharding, low, kernel)
-                self._descend_(state, key, slope, lr_ratio)
+                self._descend_(state, key, slope, lr_ratio, kernel)
             retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
             changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
         return changes if self.retract_every is not None else None
 
-    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float) -> None:
-        q, k = state[key], state["basis_step"]
-        first, second = (state[f"{key}_{name}"] for name in _BASIS_MOMENTS)
-        first.lerp_(slope, 1 - self.basis_betas[0])
-        second.mul_(self.basis_betas[1]).addcmul_(slope, slope, value=1 - self.basis_betas[1])
-        rate = self.basis_lr * lr_ratio
-        scale = (second / (1 - self.basis_betas[1] ** k)).sqrt_().add_(1e-8)
-        q.mul_(1 - rate * self.basis_weight_decay)
-        q.addcdiv_(first, scale, value=-rate / (1 - self.basis_betas[0] ** k))
+    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float, kernel: Any) -> None:
+        q = state[key]
+        steps = [torch.full((), state["basis_step"] - 1.0, dtype=q.dtype, device=q.device)]
+        moments = [[state[f"{key}_{name}"]] for name in _BASIS_MOMENTS]
+        updates = kernel.adam_update_([slope], *moments, steps, *self.basis_betas, 1e-8)
+        rate = torch.tensor(self.basis_lr * lr_ratio, dtype=torch.float64)
+        kernel.apply_([q], updates, [], steps, [], rate, self.basis_weight_decay, 1.0, None)
 
     def gradient(
         self,
