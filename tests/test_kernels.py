@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE = ((), (1,), (0,), (7,), (1025,), (3, 5, 7), (129, 257))
+EMPTY = (((0, 9), 2), ((9, 0), 2))  # shards of which a rank has nothing
 MATRICES = (((1, 2), 1), ((37, 53), 3), ((53, 37), 5), ((300, 700), 9))  # the last in several blocks and chunks
 SIDES = ("left", "right", "both")
 CASES = [(shape, 0, None) for shape in DENSE] + [(shape, rank, side) for shape, rank in MATRICES for side in SIDES]
@@ -332,6 +333,13 @@ def test_stochastic_rounding_has_the_bits_of_philox():
             native.apply_([got], [value], [], [torch.tensor(float(step))], [seed], torch.tensor(-1.0), 0.0, 1.0, None)
             philox.stochastic_round_(want, value.clone(), seed, step)
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), EMPTY, ids=str)
+def test_empty_matrices(shape, rank, side, dtype):
+    assert_same_step(Lists.random(shape, rank, side, dtype))
 
 
 # ---- threads and instruction sets -----------------------------------------------------------------------------------

@@ -209,12 +209,15 @@ struct Subspace {
   bool dense() const { return !left && !right; }
 };
 
+// Lines of a block; of an empty shard they have no elements.
+int64_t lines_of(int64_t length) { return std::max<int64_t>(16, kBlock / std::max<int64_t>(1, length)); }
+
 // `multiply` of whole G (m, n) if it has the type of the arithmetic; otherwise of converted blocks of rows or columns,
 // so that no m×n copy exists.
 template <class A, class F>
 void over_blocks(const Tensor& grad, int64_t dim, const Tensor& out, Scratch& scratch, const F& multiply) {
   if (grad.scalar_type() == scalar_type<A>) return multiply(out, grad);
-  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = std::max<int64_t>(16, kBlock / other);
+  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = lines_of(other);
   for (int64_t begin = 0; begin < size; begin += step) {
     const int64_t count = std::min(step, size - begin);
     const auto shape = dim == 0 ? std::vector{count, other} : std::vector{other, count};
@@ -258,7 +261,7 @@ void apply(const Tensor& param, const Tensor& update, const Subspace& s, const W
     write(t, update, how.sign);
   } else {
     const auto [a, b] = back_factors(update, s);
-    const int64_t rows = param.size(0), columns = param.size(1), step = std::max<int64_t>(16, kBlock / columns);
+    const int64_t rows = param.size(0), columns = param.size(1), step = lines_of(columns);
     for (int64_t begin = 0; begin < rows; begin += step) {
       const int64_t count = std::min(step, rows - begin);
       const Tensor block = scratch.take(update, scalar_type<A>, {count, columns});
@@ -292,7 +295,7 @@ template <class A>
 void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m, const Tensor& v,
                const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step, double rate,
                double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks, Scratch& lows) {
-  const int64_t rows = param.size(0), columns = param.size(1), most = std::max<int64_t>(16, kBlock / columns);
+  const int64_t rows = param.size(0), columns = param.size(1), most = lines_of(columns);
   const Adam<A> h = adam_at<A>(options, step);
   const auto loops = kernels().of<A>();
   const auto over_blocks_of_rows = [&](const auto& f) {
