@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from training import ALL_METHODS, noise
 from training import FIVE as BY_NAME
 
@@ -332,6 +333,36 @@ def half_precision(mesh, layout):
     return everyone
 
 
+ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
+
+
+def rounded(name, mesh=None, layout=()):
+    """Where bfloat16 weights end."""
+    params = net(mesh, layout, torch.bfloat16)
+    train(params, build(name, params), range(STEPS))
+    return whole(params)
+
+
+def all_rounded(meshes):
+    """By mesh and method."""
+    world = dist.get_world_size()
+    return {(key, name): rounded(name, meshes[key], MESHES[world][key][1]) for key in ROUNDED[world] for name in FIVE}
+
+
+def rounded_tables(mesh=None, cuts=(), **settings):
+    """Dense ones."""
+    return stepped_tables(torch.bfloat16, mesh, dict.fromkeys(TABLES, cuts), **settings)
+
+
+def all_rounded_tables(meshes):
+    """Cut along every dimension, and twice along the first; by how they are cut and the bits of the state."""
+    if "rows" not in meshes:
+        strided = (_StridedShard(0, split_factor=2), Shard(0))
+        return {("strided", bits): rounded_tables(meshes["both"], strided, state_bits=bits) for bits in (32, 8)}
+    cuts = [(0, 32), (0, 8), (1, 32), (-1, 32)]
+    return {(dim, bits): rounded_tables(meshes["rows"], (Shard(dim),), state_bits=bits) for dim, bits in cuts}
+
+
 CODED = {"state_bits": 8, "basis_bits": 8}
 QUANTISED = {2: ("rows", "columns"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
 TABLES = {"table": (9, 5), "odd": (10, 3, 7)}  # dense; the second is cut along its middle
@@ -343,23 +374,26 @@ def quantised(name, mesh=None, layout=()):
     return whole(params)
 
 
-def quantised_tables(mesh=None):
-    """Under cautious AdamW; the shards of the odd one are no consecutive rows of it."""
-    params = {
-        key: nn.Parameter(
-            noise(i, shape)
-            if mesh is None
-            else distribute_tensor(noise(i, shape), mesh, [Shard(len(shape) - 2)], src_data_rank=None)
-        )
-        for i, (key, shape) in enumerate(TABLES.items())
-    }
-    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, state_bits=8, transform="cautious")
+def stepped_tables(dtype, mesh, cuts, **settings):
+    """Where dense weights end that are cut in these ways, or not at all."""
+
+    def own(value, key):
+        value = value.to(dtype)
+        return value if mesh is None else distribute_tensor(value, mesh, cuts[key], src_data_rank=None)
+
+    params = {key: nn.Parameter(own(noise(i, shape), key)) for i, (key, shape) in enumerate(TABLES.items())}
+    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, **settings)
     for step in range(STEPS):
         for i, (key, param) in enumerate(params.items()):
-            grad = noise(10 * step + i, TABLES[key])
-            param.grad = grad if mesh is None else distribute_tensor(grad, mesh, param.placements, src_data_rank=None)
+            param.grad = own(noise(10 * step + i, TABLES[key]), key)
         opt.step()
     return whole(params)
+
+
+def quantised_tables(mesh=None):
+    """Under cautious AdamW; the shards of the odd one are no consecutive rows of it."""
+    cuts = {key: [Shard(len(shape) - 2)] for key, shape in TABLES.items()}
+    return stepped_tables(torch.float64, mesh, cuts, state_bits=8, transform="cautious")
 
 
 def all_quantised(meshes):
@@ -579,6 +613,8 @@ def second_world(folder, meshes):
         "backward": shards_in_backward(),
         "watched": {key: watched(meshes[key], layout) for key, layout in (("rows", (0,)), ("columns", (1,)))},
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "state": layouts_of_state(rows),
         "refusals": refusals(meshes),
         "zero": zero_redundancy(),
@@ -591,6 +627,8 @@ def third_world(folder, meshes):
         "wrapped": wrapped(3),
         "watched": {"rows": watched(meshes["rows"], (0,))},
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "moved": moved(folder, "3", CHAIN["3"], meshes["columns"], (1,)),
     }
 
@@ -605,6 +643,8 @@ def fourth_world(folder, meshes):
         "equal": equivalences(4, meshes),
         "wrapped": wrapped(4),
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "half": half_precision(meshes["hybrid"], (None, 0)),
         "moved": moved(folder, "4", CHAIN["4"], meshes["both"], (0, 1)),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from buckets import PARTS, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
@@ -342,6 +343,14 @@ def test_empty_matrices(shape, rank, side, dtype):
     assert_same_step(Lists.random(shape, rank, side, dtype))
 
 
+@pytest.mark.parametrize("kernel", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, kernel):
+    mine, wanted = part_and_whole(kernel, side, *part)
+    assert all(map(torch.equal, mine, wanted))
+
+
 # ---- threads and instruction sets -----------------------------------------------------------------------------------
 
 
@@ -426,16 +435,8 @@ def arguments(name, lists, transform="none"):
             *(lists.exp_avg_sqs, lists.steps, 0.9, 0.99, 1e-8, kind, False),
         ),
         "apply_": (
-            lists.params,
-            lists.exp_avgs,
-            lists.bases,
-            lists.steps,
-            lists.seeds,
-            lists.lr,
-            0.1,
-            0.5,
-            side,
-            False,
+            *(lists.params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side),
+            *(False, philox.ALL),
         ),
         "weight_norm_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages(0, 0), lists.bases),
@@ -448,7 +449,7 @@ def arguments(name, lists, transform="none"):
         ),
         "projected_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
-            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind, philox.ALL),
         ),
     }[name]
 

@@ -150,12 +150,13 @@ struct Writing {
   bool sign;                    // of the update instead of the update
   std::optional<int64_t> seed;  // of the rounding
   double step;
+  Window window = {};
 
   template <class A>
   Target<A> into(const Tensor& param) const {
     STD_TORCH_CHECK(is_double(param) == (sizeof(A) == sizeof(double)), "a float64 parameter has float64 moments");
     return {param.mutable_data_ptr(), dtype_of(param), static_cast<A>(decay), static_cast<A>(factor),
-            seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step)};
+            seed.has_value(), {static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), window}};
   }
 };
 
@@ -448,6 +449,11 @@ std::optional<int64_t> seed_of(const std::vector<int64_t>& seeds, size_t i) {
   return seeds.empty() ? std::nullopt : std::optional(seeds.at(i));
 }
 
+Window window_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 3 && numbers[1] > 0, "a window is an origin, columns and a pitch");
+  return {numbers[0], numbers[1], numbers[2]};
+}
+
 Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype) {
   STD_TORCH_CHECK(side != kDense, "a dense gradient needs no projection");
   const auto spaces = subspaces(bases, side, grads.size());
@@ -489,14 +495,15 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
 }
 
 void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
-              double weight_decay, double scale, int64_t side, bool sign) {
+              double weight_decay, double scale, int64_t side, bool sign, std::vector<int64_t> window) {
   check(updates.size() == params.size() && steps.size() == params.size());
   check(seeds.empty() || seeds.size() == params.size());
   const auto spaces = subspaces(bases, side, params.size());
   const auto rate = rates(lr, params.size());
   Scratch scratch;
   for (size_t i = 0; i < params.size(); ++i) {
-    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i])};
+    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i]),
+                      window_of(window)};
     with_type_of(params[i], [&](auto zero) {
       using A = decltype(zero);
       const Tensor update = torch::stable::contiguous(torch::stable::to(updates[i], scalar_type<A>));
@@ -507,7 +514,8 @@ void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std
 
 void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors bases,
                        Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double beta2, double eps,
-                       double weight_decay, double scale, int64_t side, int64_t transform) {
+                       double weight_decay, double scale, int64_t side, int64_t transform,
+                       std::vector<int64_t> window) {
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
   check(seeds.empty() || seeds.size() == count);
@@ -520,7 +528,7 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, window_of(window)};
       Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
       if (spaces[i].dense()) {
         step_dense<A>(options, h, params[i], readable<A>(grads[i]), m.memory, v.memory, how);
@@ -653,7 +661,7 @@ void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis
   STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
   const float* data = wide.const_data_ptr<float>();
   const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
-  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, origin};
+  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, {origin}};
   const auto loop = kernels().encode;
   over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
 }
@@ -685,13 +693,13 @@ void coded_adam_op(Tensors params, Tensors grads, Tensors codes, Tensors scales,
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, {origin}};
       const int64_t length = params[i].size(params[i].dim() + axis);
       const auto moment = [&](size_t j) {
         return coded(codes[j * count + i], scales[j * count + i], tables[j], axis, length);
       };
       const auto stream = [&](size_t j) {
-        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), origin};
+        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), {origin}};
       };
       const Coded m = moment(0), v = moment(1);
       const Stream of_m = stream(0), of_v = stream(1);
