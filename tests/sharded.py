@@ -542,6 +542,18 @@ def replicas_in_backward(grid):
     )
 
 
+def replicas_over_tensors(shape):
+    """Groups of shards under tensor parallelism that average R; where the weights end, bytes sent and of whole ones."""
+    grid = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards", "tensor"))
+    model = fully_sharded(parallelize_module(mlp(), grid["tensor"], PLAN), grid["shards"])
+    opt = so.GaLore(model.named_parameters(), lr=0.02, rank=2, update_proj_gap=3)
+    state = ProjectedState(opt, group=grid["replicas"].get_group())
+    projected_allreduce(model, state)
+    part = grid.get_local_rank("replicas") * shape[1] + grid.get_local_rank("shards")
+    ends, _ = accumulated(model, opt, part, shape[0] * shape[1])
+    return ends, state.bytes_sent, state.bytes_whole
+
+
 def coded_replicas(grid, bits):
     """What 16 equal gradients come to, relative to what was meant, once bases are set."""
     torch.manual_seed(0)
@@ -637,6 +649,7 @@ def fourth_world(folder, meshes):
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     return {
         "replicas": replicas(grid),
+        "replicas over tensors": replicas_over_tensors((2, 1, 2)),
         "backward": {"replicas": replicas_in_backward(grid)},
         "coded replicas": {bits: coded_replicas(grid, bits) for bits in (None, 8, 4)},
         "unlike replicas": unlike_replicas(grid),

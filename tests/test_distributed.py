@@ -312,6 +312,13 @@ def test_what_groups_of_shards_send_each_other(results):
     assert sent[1] == (ordinary, whole)
 
 
+def test_groups_of_shards_average_r_over_tensor_parallelism(results):
+    """Weights are cut by both; R of a tensor that tensor parallelism cuts is summed over it before it is sent."""
+    ends, sent, whole = results["4"]["replicas over tensors"]
+    assert_close(ends, in_one_process())
+    assert sent < whole
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_coded_messages_between_groups_of_shards(results, bits):
     """Error feedback: sixteen messages lose about what one does. float32; a code is off by half a step at most."""
