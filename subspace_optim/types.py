@@ -299,9 +299,8 @@ class Bucket:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the stochastic rounding, as kernels take them: none means to nearest. Shards round differently."""
-        shard = self.plan.sharding.number()
-        return [stream ^ shard for stream in self.streams] if self.rounding else []
+        """Of the stochastic rounding, as kernels take them: none means to nearest."""
+        return self.streams if self.rounding else []
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

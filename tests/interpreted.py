@@ -8,7 +8,7 @@ from functools import partial
 import interpreter  # noqa: F401
 import pytest
 import torch
-from buckets import bucket, error, members, some_unusable, twice
+from buckets import PARTS, bucket, error, members, part_and_whole, some_unusable, twice
 from training import ALL_METHODS, assert_same, build, net, train
 
 from subspace_optim import storage
@@ -241,6 +241,13 @@ def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
         results.append(mine[0])
     for fused, two in zip(*results):
         assert torch.equal(fused, two)
+
+
+@pytest.mark.parametrize("part", PARTS[:4], ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, path):
+    mine, wanted = part_and_whole(kernels, side, *part)
+    assert all(map(torch.equal, mine, wanted))
 
 
 @pytest.mark.parametrize("dtype", kernels.DOT, ids=str)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from buckets import PARTS, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE = ((), (1,), (0,), (7,), (1025,), (3, 5, 7), (129, 257))
+EMPTY = (((0, 9), 2), ((9, 0), 2))  # shards of which a rank has nothing
 MATRICES = (((1, 2), 1), ((37, 53), 3), ((53, 37), 5), ((300, 700), 9))  # the last in several blocks and chunks
 SIDES = ("left", "right", "both")
 CASES = [(shape, 0, None) for shape in DENSE] + [(shape, rank, side) for shape, rank in MATRICES for side in SIDES]
@@ -342,6 +344,21 @@ def test_stochastic_rounding_has_the_bits_of_philox():
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), EMPTY, ids=str)
+def test_empty_matrices(shape, rank, side, dtype):
+    assert_same_step(Lists.random(shape, rank, side, dtype))
+
+
+@pytest.mark.parametrize("kernel", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, kernel):
+    mine, wanted = part_and_whole(kernel, side, *part)
+    assert all(map(torch.equal, mine, wanted))
+
+
 # ---- threads and instruction sets -----------------------------------------------------------------------------------
 
 
@@ -426,16 +443,8 @@ def arguments(name, lists, transform="none"):
             *(lists.exp_avg_sqs, lists.steps, 0.9, 0.99, 1e-8, kind, False),
         ),
         "apply_": (
-            lists.params,
-            lists.exp_avgs,
-            lists.bases,
-            lists.steps,
-            lists.seeds,
-            lists.lr,
-            0.1,
-            0.5,
-            side,
-            False,
+            *(lists.params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side),
+            *(False, philox.ALL),
         ),
         "weight_norm_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages(0, 0), lists.bases),
@@ -448,7 +457,7 @@ def arguments(name, lists, transform="none"):
         ),
         "projected_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
-            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind, philox.ALL),
         ),
     }[name]
 

@@ -28,11 +28,11 @@ SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 1013
 REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-INTEGERS = ("size", "m", "n", "rank", "count")
+INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
-TYPES |= {"seed": "i64", "begin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
+TYPES |= {"seed": "i64", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes
@@ -44,7 +44,7 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **cons
     """Registers, stack bytes, bytes of shared memory and PTX of a kernel; `aligned`: n is a multiple of 16."""
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    multiples = {"table", "corrections", "size", "m", "n", "rank"} - (set() if aligned else {"n"})
+    multiples = {"table", "corrections", "size", "m", "n", "rank", "pitch"} - (set() if aligned else {"n", "pitch"})
     multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
     source = ASTSource(
         fn=kernel,
@@ -73,7 +73,8 @@ def variants(capability):
             yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254, "TINY": 1e-38, "NOISE": 8}
             yield f"decode, packed {packed}", kernels._decode, tile
     types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
-    yield "elementwise", kernels._elementwise, types | {"NOISE": True, "BLOCK": kernels._BLOCK}
+    for noise in (8, 1):
+        yield f"elementwise, noise {noise}", kernels._elementwise, types | {"NOISE": noise, "BLOCK": kernels._BLOCK}
     for dot, dtype in OPERANDS.items():
         types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
         for name in ("fused", "project", "apply"):

@@ -17,6 +17,13 @@ struct Source {
   Dtype dtype;
 };
 
+// Random numbers, of which an element of a tensor uses the half-word that its window names.
+struct Stream {
+  uint64_t seed;
+  uint32_t step;
+  Window window;
+};
+
 // W ← decay·W + factor·U; bfloat16 rounds stochastically where that is asked for.
 template <class A>
 struct Target {
@@ -24,8 +31,7 @@ struct Target {
   Dtype dtype;
   A decay, factor;
   bool stochastic;
-  uint64_t seed;
-  uint32_t step;
+  Stream stream;
 };
 
 // A float32 tensor as codes: `rows` rows of `length` elements, each in blocks that share a scale. The rows of a tensor
@@ -37,13 +43,6 @@ struct Coded {
   int64_t values;  // of the table: up to 16, two codes to a byte, or up to 256
   int64_t rows, length;
   bool packed, columns;
-};
-
-// Random numbers, of which element i of a tensor in the order of its blocks uses half-word origin + i.
-struct Stream {
-  uint64_t seed;
-  uint32_t step;
-  int64_t origin;
 };
 
 // All ranges are of element indices into contiguous tensors. A is the type of the moments and of all arithmetic; a

@@ -150,12 +150,13 @@ struct Writing {
   bool sign;                    // of the update instead of the update
   std::optional<int64_t> seed;  // of the rounding
   double step;
+  Window window = {};
 
   template <class A>
   Target<A> into(const Tensor& param) const {
     STD_TORCH_CHECK(is_double(param) == (sizeof(A) == sizeof(double)), "a float64 parameter has float64 moments");
     return {param.mutable_data_ptr(), dtype_of(param), static_cast<A>(decay), static_cast<A>(factor),
-            seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step)};
+            seed.has_value(), {static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), window}};
   }
 };
 
@@ -211,6 +212,9 @@ struct Subspace {
   }
 };
 
+// Lines of a block; of an empty shard they have no elements.
+int64_t lines_of(int64_t length) { return std::max<int64_t>(16, kBlock / std::max<int64_t>(1, length)); }
+
 enum Products : int64_t { kExact, kOwn, kRounded };  // the order of PRODUCTS in ops.py
 
 // The type of products with a gradient or a parameter. Those in bfloat16 have float32 sums; G, the bases, R, N and
@@ -228,8 +232,8 @@ void product_in(ScalarType type, Tensor out, const Tensor& a, const Tensor& b, d
   if (type == scalar_type<A>) return product(out, a, b, beta, alpha);
   if (beta == 0) torch::stable::zero_(out);
   const Tensor factor = torch::stable::to(b, type);
-  const Target<A> t{out.mutable_data_ptr(), dtype_of(out), static_cast<A>(beta), static_cast<A>(alpha), false, 0, 0};
-  const int64_t rows = out.size(0), columns = out.size(1), step = std::max<int64_t>(16, kBlock / columns);
+  const Target<A> t{out.mutable_data_ptr(), dtype_of(out), static_cast<A>(beta), static_cast<A>(alpha), false, {}};
+  const int64_t rows = out.size(0), columns = out.size(1), step = lines_of(columns);
   for (int64_t begin = 0; begin < rows; begin += step) {
     const int64_t count = std::min(step, rows - begin);
     const Tensor rounded = scratch.take(out, type, {count, columns});
@@ -243,7 +247,7 @@ void product_in(ScalarType type, Tensor out, const Tensor& a, const Tensor& b, d
 template <class F>
 void over_blocks(const Tensor& grad, int64_t dim, const Tensor& out, Scratch& scratch, const F& multiply) {
   if (grad.scalar_type() == out.scalar_type()) return multiply(out, grad);
-  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = std::max<int64_t>(16, kBlock / other);
+  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = lines_of(other);
   for (int64_t begin = 0; begin < size; begin += step) {
     const int64_t count = std::min(step, size - begin);
     const auto shape = dim == 0 ? std::vector{count, other} : std::vector{other, count};
@@ -295,7 +299,7 @@ void apply(int64_t products, const Tensor& param, const Tensor& update, const Su
   } else {
     const auto factors = back_factors(update, s);
     const Tensor a = torch::stable::to(factors.first, type), b = torch::stable::to(factors.second, type);
-    const int64_t rows = param.size(0), columns = param.size(1), step = std::max<int64_t>(16, kBlock / columns);
+    const int64_t rows = param.size(0), columns = param.size(1), step = lines_of(columns);
     for (int64_t begin = 0; begin < rows; begin += step) {
       const int64_t count = std::min(step, rows - begin);
       const Tensor block = scratch.take(update, type, {count, columns});
@@ -326,10 +330,11 @@ void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& para
 
 // Adam on the directions of rows and on their lengths: two passes over W in blocks of rows, one of them over G as well.
 template <class A>
-void step_rows(int64_t products, const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m, const Tensor& v,
-               const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step, double rate,
-               double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks, Scratch& lows) {
-  const int64_t rows = param.size(0), columns = param.size(1), most = std::max<int64_t>(16, kBlock / columns);
+void step_rows(int64_t products, const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m,
+               const Tensor& v, const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step,
+               double rate, double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks,
+               Scratch& lows) {
+  const int64_t rows = param.size(0), columns = param.size(1), most = lines_of(columns);
   const Adam<A> h = adam_at<A>(options, step);
   const auto loops = kernels().of<A>();
   const auto over_blocks_of_rows = [&](const auto& f) {
@@ -402,7 +407,8 @@ struct FloraOptions {
 
 // Adafactor on the whole gradient with a compressed momentum; D is the one temporary as large as the matrix.
 template <class A>
-void step_compressed(int64_t products, const FloraOptions& o, const Tensor& param, const Tensor& grad, const Tensor& momentum,
+void step_compressed(int64_t products, const FloraOptions& o, const Tensor& param, const Tensor& grad,
+                     const Tensor& momentum,
                      const Tensor& row_average, const Tensor& column_average, const Subspace& before,
                      const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
                      Scratch& wholes, Scratch& lows) {
@@ -488,6 +494,11 @@ std::optional<int64_t> seed_of(const std::vector<int64_t>& seeds, size_t i) {
   return seeds.empty() ? std::nullopt : std::optional(seeds.at(i));
 }
 
+Window window_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 3 && numbers[1] > 0, "a window is an origin, columns and a pitch");
+  return {numbers[0], numbers[1], numbers[2]};
+}
+
 Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype, int64_t products) {
   STD_TORCH_CHECK(side != kDense, "a dense gradient needs no projection");
   const auto spaces = subspaces(bases, side, grads.size());
@@ -531,14 +542,16 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
 }
 
 void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
-              double weight_decay, double scale, int64_t side, bool sign, int64_t products) {
+              double weight_decay, double scale, int64_t side, bool sign, std::vector<int64_t> window,
+              int64_t products) {
   check(updates.size() == params.size() && steps.size() == params.size());
   check(seeds.empty() || seeds.size() == params.size());
   const auto spaces = subspaces(bases, side, params.size());
   const auto rate = rates(lr, params.size());
   Scratch scratch;
   for (size_t i = 0; i < params.size(); ++i) {
-    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i])};
+    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i]),
+                      window_of(window)};
     with_type_of(params[i], [&](auto zero) {
       using A = decltype(zero);
       const Tensor update = torch::stable::contiguous(torch::stable::to(updates[i], scalar_type<A>));
@@ -549,7 +562,8 @@ void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std
 
 void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors bases,
                        Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double beta2, double eps,
-                       double weight_decay, double scale, int64_t side, int64_t transform, int64_t products) {
+                       double weight_decay, double scale, int64_t side, int64_t transform,
+                       std::vector<int64_t> window, int64_t products) {
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
   check(seeds.empty() || seeds.size() == count);
@@ -562,7 +576,7 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, window_of(window)};
       Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
       if (spaces[i].dense()) {
         step_dense<A>(options, h, params[i], readable<A>(grads[i]), m.memory, v.memory, how);
@@ -600,8 +614,8 @@ void weight_norm_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensor
       STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "shapes differ");
       STD_TORCH_CHECK(length_avgs[i].numel() == rows && length_avg_sqs[i].numel() == rows, "one length a row");
       Written m(exp_avgs[i]), v(exp_avg_sqs[i]), length_m(length_avgs[i]), length_v(length_avg_sqs[i]);
-      step_rows<A>(products, options, params[i], grads[i], m.memory, v.memory, length_m.memory, length_v.memory, spaces[i],
-                   increment(steps[i]), rate[i], weight_decay, scale, seed_of(seeds, i), blocks, lows);
+      step_rows<A>(products, options, params[i], grads[i], m.memory, v.memory, length_m.memory, length_v.memory,
+                   spaces[i], increment(steps[i]), rate[i], weight_decay, scale, seed_of(seeds, i), blocks, lows);
       m.finish();
       v.finish();
       length_m.finish();
@@ -695,7 +709,7 @@ void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis
   STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
   const float* data = wide.const_data_ptr<float>();
   const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
-  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, origin};
+  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, {origin}};
   const auto loop = kernels().encode;
   over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
 }
@@ -727,13 +741,13 @@ void coded_adam_op(Tensors params, Tensors grads, Tensors codes, Tensors scales,
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, {origin}};
       const int64_t length = params[i].size(params[i].dim() + axis);
       const auto moment = [&](size_t j) {
         return coded(codes[j * count + i], scales[j * count + i], tables[j], axis, length);
       };
       const auto stream = [&](size_t j) {
-        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), origin};
+        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), {origin}};
       };
       const Coded m = moment(0), v = moment(1);
       const Stream of_m = stream(0), of_v = stream(1);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext, ops
+from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
 from .reference import back, transform_, write_
@@ -101,14 +102,16 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """Every W is read and written once."""
     if finite is not None:
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     _ops.apply_(
-        *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, _products())
+        *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, window),
+        _products(),
     )
     _written(params)
 
@@ -129,18 +132,20 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """One matrix at a time, so that R lives in the cache."""
     if finite is not None:
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
+            finite=finite,
         )
         return
     _ops.projected_adam_(
         *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform), window, _products()),
     )
     _written(params)
 
