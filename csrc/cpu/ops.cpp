@@ -408,9 +408,8 @@ struct FloraOptions {
 // Adafactor on the whole gradient with a compressed momentum; D is the one temporary as large as the matrix.
 template <class A>
 void step_compressed(int64_t products, const FloraOptions& o, const Tensor& param, const Tensor& grad,
-                     const Tensor& momentum,
-                     const Tensor& row_average, const Tensor& column_average, const Subspace& before,
-                     const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
+                     const Tensor& momentum, const Tensor& row_average, const Tensor& column_average,
+                     const Subspace& before, const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
                      Scratch& wholes, Scratch& lows) {
   const int64_t rows = param.size(0), columns = param.size(1), count = rows * columns;
   const auto loops = kernels().of<A>();
