@@ -76,6 +76,7 @@ def test_one_graph_serves_shapes_counts_rates_and_betas(kernels):
 
 
 def test_what_torch_would_compile_again_is_the_references(kernels):
+    step_both(kernels, bucket((40, 56), 4, "left", torch.float32), "left")
     before = counters["stats"]["unique_graphs"]
     for shape in ((), (1,), (0,)):
         assert_same(*step_both(kernels, bucket(shape, 0, None, torch.float32), None))
