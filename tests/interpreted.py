@@ -8,10 +8,21 @@ from functools import partial
 import interpreter  # noqa: F401
 import pytest
 import torch
-from buckets import bucket, error, members, some_unusable, twice
+from buckets import (
+    assert_coded_alike,
+    bucket,
+    coded_bucket,
+    error,
+    members,
+    some_unusable,
+    step_coded,
+    twice,
+    update_coded,
+)
 from training import ALL_METHODS, assert_same, build, net, train
 
-from subspace_optim import storage
+import subspace_optim as so
+from subspace_optim import engine, storage
 from subspace_optim.kernels import reference, select
 from subspace_optim.kernels import triton as kernels
 
@@ -278,6 +289,44 @@ def test_codes(kind, bits, shape, axis, seed, begin):
     assert torch.equal(kernels.decode(*given), reference.decode(*given))
 
 
+CODED_SHAPES = [((5, 7), -1), ((7, 260), -1), ((3, 5, 24), -1), ((260, 5), -2), ((24, 70), -2)]
+
+
+@pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "grams"), (4, "cautious")])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
+def test_a_step_on_codes(shape, axis, bits, transform):
+    for dtype, seeds, begin in ((torch.float32, (), 0), (torch.bfloat16, SEEDS, shape[axis])):
+        mine, theirs, unharmed = twice(coded_bucket(shape, axis, bits, dtype), pad=16)
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            step_coded(kernel, lists, axis, bits, transform, seeds, begin, eps_inside=bool(begin))
+        assert_coded_alike(mine, theirs)
+        assert unharmed()
+
+
+@pytest.mark.parametrize("transform", ["none", "grams", "cautious"])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES[1::2], ids=str)
+def test_an_update_on_codes(shape, axis, transform):
+    mine, theirs, unharmed = twice(coded_bucket(shape, axis, 4, torch.float32))
+    updates, expected = (update_coded(*each, axis, 4, transform) for each in ((kernels, mine), (reference, theirs)))
+    assert error(updates, expected) < 1e-6
+    assert_coded_alike(mine, theirs)
+    assert unharmed()
+
+
+@pytest.mark.parametrize("transform", ["grams", "cautious"])
+def test_what_is_not_finite_is_left_alone_on_codes(transform):
+    lists = coded_bucket((9, 20), -1, 8, torch.bfloat16, count=4)
+    flags = some_unusable(lists)
+    mine, before, unharmed = twice(lists)
+    step_coded(kernels, mine, -1, 8, transform, (5, 6, 7, 8), finite=flags, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    step_coded(reference, before, -1, 8, transform, (5, 6, 7, 8), finite=flags, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    mine[1] = before[1] = []
+    assert_coded_alike(mine, before)
+    assert unharmed()
+    left = [members(each, flags)[1] for each in (mine, lists)]
+    assert all(torch.equal(x, y) for k in (0, 2, 3, 4) for x, y in zip(left[0][k], left[1][k], strict=True))
+
+
 # ---- what the kernels leave to the reference, and whole optimizers ---------------------------------------------------
 
 
@@ -334,6 +383,31 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
     train(mine, opt, range(3))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_optimizer_on_codes_leaves_it_to_the_device_what_is_skipped(monkeypatch):
+    """As if the host had known: to what one code more or less is of a step, and step counts exactly."""
+    ends = []
+    for device in (False, True):
+        if device:
+            monkeypatch.setattr(select, "_resolve", lambda backend, plan: kernels)
+            monkeypatch.setattr(engine, "_waits", lambda peaks: True)
+            monkeypatch.setattr(reference, "taken", lambda *_: pytest.fail("left to the reference"))
+        params = net(names=("tall", "wide", "vector"))
+        params["table"] = torch.nn.Parameter(torch.ones(9, 40))
+        groups = [{"params": list(params.values())[:3]}, {"params": [params["table"]], "rank": None}]
+        opt = so.GaLore(groups, rank=2, lr=0.01, state_bits=8, update_proj_gap=100, stagger=False, backend="reference")
+        for step in range(4):
+            for i, param in enumerate(params.values()):
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            if step == 2:
+                params["tall"].grad[0, 0] = params["table"].grad[3] = torch.nan
+            opt.step()
+        assert opt.skipped_updates == 2
+        ends.append((params, [state["step"] for state in opt.state.values()]))
+    for name, param in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], param, rtol=1e-3, atol=1e-4)
+    assert ends[0][1] == ends[1][1]
 
 
 def test_a_run_is_the_same_twice():

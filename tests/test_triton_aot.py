@@ -30,6 +30,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+TYPES |= {"kept": "*i64", "signed": "*fp32", "unsigned": "*fp32"}
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
 TYPES |= {"seed": "i64", "begin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
@@ -68,10 +69,20 @@ def variants(capability):
     yield "advance", kernels._advance, {"BLOCK": 128}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
-            tile = {"PACKED": packed, "ROWS": kernels._CODED_ROWS, "BLOCK": BLOCK}
+            tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}
             tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
-            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254, "TINY": 1e-38, "NOISE": 8}
+            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254}
             yield f"decode, packed {packed}", kernels._decode, tile
+            last = {"SIGNED_LAST": 14 if packed else 253, "UNSIGNED_LAST": 15 if packed else 254}
+            how = {
+                "warps": kernels._CODED_WARPS,
+                "OUT": tl.bfloat16,
+                "IN": tl.bfloat16,
+                "CAUTIOUS": True,
+                "GRAMS": False,
+                "ROUND": True,
+            }
+            yield f"coded_adam, packed {packed}", kernels._coded_adam, tile | last | how | {"COUNT": False}
     types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
     yield "elementwise", kernels._elementwise, types | {"NOISE": True, "BLOCK": kernels._BLOCK}
     for dot, dtype in OPERANDS.items():

@@ -220,8 +220,15 @@ def coded_adam_(
     scale: float,
     transform: str,
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """Decoded, advanced, coded and applied a thousand elements at a time, in the cache."""
+    if finite is not None:
+        reference.coded_adam_(
+            *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr),
+            *(beta1, beta2, eps, weight_decay, scale, transform, eps_inside, finite),
+        )
+        return
     _ops.coded_adam_(
         *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr, beta1, beta2, eps),
         *(weight_decay, scale, TRANSFORMS.index(transform), eps_inside),

@@ -10,10 +10,12 @@ tensor and program_id(0) the block within it.
     _project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
     _apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
     _encode       a quantised tensor at a time: scales, codes and their rounding in one pass; _decode is its inverse
+    _coded_adam   dense, or R that is there already, on quantised moments: decoded, advanced, coded again and W or N
+                  written in one pass; cautious takes one before it, which counts
 
 Nothing here waits for the device, and a step can be captured in a CUDA graph. What these kernels do not cover is done
-by the reference: projections on both sides, the cautious transform (it needs the mean of a mask before the write),
-float64, and tensors that are not contiguous.
+by the reference: projections on both sides, the cautious transform (it needs the mean of a mask before the write) of
+moments that are no codes, float64, and tensors that are not contiguous.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ from torch import Tensor
 from .. import philox
 from ..types import BLOCK, Plan, Side
 from . import reference
-from .reference import back, coded_adam_, grad_max, transform_
+from .reference import back, grad_max, transform_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
     "coded_adam_",
+    "coded_adam_update_",
     "decode",
     "encode_",
     "grad_max",
@@ -58,7 +61,9 @@ FUSED_MULTIPLE = 8  # of which n must be a multiple
 
 _WORKSPACE = 2**27  # bytes of updates between _project and _apply: a larger bucket is stepped in parts
 _BLOCK = 1024  # elements of a program of _elementwise
-_CODED_ROWS = 8  # blocks of a program of _encode and _decode
+_CODED = 2048  # elements of a program of _encode, _decode and _coded_adam
+_CODED_WARPS = 8  # of _coded_adam
+_TINY = torch.finfo(torch.float32).tiny
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _DOT_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -589,6 +594,97 @@ def _apply(
 
 
 @triton.jit
+def _coded_tile(i, j, count, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows, columns, and which are there, of the j-th block of the i-th ROWS rows of (count, length)."""
+    row = tl.to_tensor(i).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = j * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < count) & (column < length)
+
+
+@triton.jit
+def _decoded(
+    codes,
+    scales,
+    values,
+    i,
+    j,
+    count,
+    length,
+    code_row,
+    code_column,
+    scale_row,
+    scale_column,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The numbers of a tile that are kept as codes."""
+    row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
+    at = column // 2 if PACKED else column
+    code = tl.load(codes + row * code_row + at * code_column, mask=inside, other=0).to(tl.int32)
+    if PACKED:
+        code = (code >> (column % 2 * 4)) & 15
+    scale = tl.load(scales + row * scale_row + j * scale_column, mask=row < count, other=0.0)
+    return tl.load(values + code) * scale
+
+
+@triton.jit
+def _keep(
+    value,
+    codes,
+    scales,
+    values,
+    seed,
+    step,
+    begin,
+    i,
+    j,
+    count,
+    length,
+    code_row,
+    code_column,
+    scale_row,
+    scale_column,
+    LAST: tl.constexpr,
+    TINY: tl.constexpr,
+    NOISE: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes and scales of a tile, which is zero beyond its edges; LAST: of the gaps between values."""
+    row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
+    scale = tl.max(tl.abs(value), 1)[:, None]
+    scale = tl.where(scale >= TINY, scale, 0.0)
+    tl.store(scales + row * scale_row + j * scale_column, scale, mask=row < count)
+    unit = tl.where(scale > 0, tl.div_rn(value, tl.where(scale > 0, scale, 1.0)), 0.0)
+    low = tl.zeros((ROWS, BLOCK), tl.int32)  # the last value of the table that is not above it
+    for bit in tl.static_range(8):
+        next = low + (128 >> bit)
+        there = next <= LAST
+        low = tl.where(there & (tl.load(values + next, mask=there, other=0.0) <= unit), next, low)
+    lower = tl.load(values + low)
+    gap = tl.load(values + low + 1) - lower
+    odds = 0.5
+    if NOISE > 0:
+        half = _half_words_of_tile(seed, step, begin + _first(i, j, length, ROWS, BLOCK), length, ROWS, BLOCK, NOISE)
+        odds = (half.to(tl.float32) + 0.5) * (1.0 / 65536)
+    code = tl.where(inside, low + (unit - lower > odds * gap).to(tl.int32), 0)
+    if PACKED:
+        first, second = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
+        code = first | (second << 4)
+        column = j * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        inside = (row < count) & (column < (length + 1) // 2)
+    tl.store(codes + row * code_row + column * code_column, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _first(i, j, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a tile, the place of its first element where blocks' dimension is the last."""
+    return tl.to_tensor(i).to(tl.int64) * ROWS * length + j * BLOCK
+
+
+@triton.jit
 def _encode(
     x,
     codes,
@@ -612,35 +708,14 @@ def _encode(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of each of ROWS rows of x (count, length); LAST: of the gaps between values. NOISE = 0 is to nearest."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < count) & (column < length)
+    """A block of each of ROWS rows of x (count, length). NOISE = 0 is to nearest."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
     value = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(value), 1)[:, None]
-    scale = tl.where(scale >= TINY, scale, 0.0)
-    tl.store(scales + row * scale_row + tl.program_id(1) * scale_column, scale, mask=row < count)
-    unit = tl.where(scale > 0, tl.div_rn(value, tl.where(scale > 0, scale, 1.0)), 0.0)
-    low = tl.zeros((ROWS, BLOCK), tl.int32)  # the last value of the table that is not above it
-    for bit in tl.static_range(8):
-        next = low + (128 >> bit)
-        there = next <= LAST
-        low = tl.where(there & (tl.load(values + next, mask=there, other=0.0) <= unit), next, low)
-    lower = tl.load(values + low)
-    gap = tl.load(values + low + 1) - lower
-    odds = 0.5
-    if NOISE > 0:
-        corner = begin + tl.program_id(0).to(tl.int64) * ROWS * length + tl.program_id(1) * BLOCK
-        now = tl.load(step).to(tl.int32)
-        half = _half_words_of_tile(seed, now, corner, length, ROWS, BLOCK, NOISE)
-        odds = (half.to(tl.float32) + 0.5) * (1.0 / 65536)
-    code = tl.where(inside, low + (unit - lower > odds * gap).to(tl.int32), 0)
-    if PACKED:
-        first, second = tl.split(tl.reshape(code, (ROWS, BLOCK // 2, 2)))
-        code = first | (second << 4)
-        column = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        inside = (row < count) & (column < (length + 1) // 2)
-    tl.store(codes + row * code_row + column * code_column, code.to(tl.uint8), mask=inside)
+    _keep(
+        *(value, codes, scales, values, seed, tl.load(step).to(tl.int32), begin, i, j, count, length),
+        *(code_row, code_column, scale_row, scale_column, LAST, TINY, NOISE, PACKED, ROWS, BLOCK),
+    )
 
 
 @triton.jit
@@ -662,16 +737,106 @@ def _decode(
     BLOCK: tl.constexpr,
 ):
     """The inverse of _encode."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < count) & (column < length)
-    at = column // 2 if PACKED else column
-    code = tl.load(codes + row * code_row + at * code_column, mask=inside, other=0).to(tl.int32)
-    if PACKED:
-        code = (code >> (column % 2 * 4)) & 15
-    scale = tl.load(scales + row * scale_row + tl.program_id(1) * scale_column, mask=row < count, other=0.0)
-    value = tl.load(values + code) * scale
+    i, j = tl.program_id(0), tl.program_id(1)
+    row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
+    value = _decoded(
+        *(codes, scales, values, i, j, count, length, code_row, code_column, scale_row, scale_column),
+        *(PACKED, ROWS, BLOCK),
+    )
     tl.store(out + row * out_row + column * out_column, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _coded_adam(
+    table,
+    finite,
+    corrections,
+    kept,
+    lr,
+    signed,
+    unsigned,
+    begin,
+    count,
+    length,
+    x_row,
+    x_column,
+    code_row,
+    code_column,
+    scale_row,
+    scale_column,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    weight_decay,
+    scale,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    COUNT: tl.constexpr,
+    APPLY: tl.constexpr,
+    GRAMS: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    EPS_INSIDE: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROUND: tl.constexpr,
+    SIGNED_LAST: tl.constexpr,
+    UNSIGNED_LAST: tl.constexpr,
+    TINY: tl.constexpr,
+    PACKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A block of each of ROWS rows of a tensor: decoded, advanced, coded again; W written where APPLY, otherwise N.
+
+    What cautious keeps is counted by a launch of its own (COUNT), which writes nothing else.
+    """
+    if _left_alone(finite):
+        return
+    blocks = tl.cdiv(length, BLOCK)
+    i, j = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
+    x = row * x_row + column * x_column
+    low = tl.load(_at(table, 1, IN, ALIGN) + x, mask=inside, other=0.0).to(tl.float32)
+    mean_codes, mean_scales = _at(table, 2, tl.uint8, ALIGN), _at(table, 7, tl.float32, 4)
+    square_codes, square_scales = _at(table, 3, tl.uint8, ALIGN), _at(table, 8, tl.float32, 4)
+    mean = _decoded(
+        *(mean_codes, mean_scales, signed, i, j, count, length, code_row, code_column, scale_row, scale_column),
+        *(PACKED, ROWS, BLOCK),
+    )
+    square = _decoded(
+        *(square_codes, square_scales, unsigned, i, j, count, length, code_row, code_column, scale_row, scale_column),
+        *(PACKED, ROWS, BLOCK),
+    )
+    update, mean, square = _adam(low, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, EPS_INSIDE)
+    agrees = update * low > 0
+    if COUNT:
+        tl.atomic_add(kept + tl.program_id(1), tl.sum(tl.sum(agrees.to(tl.int32), 1), 0).to(tl.int64))
+        return
+    if CAUTIOUS:
+        share = tl.div_rn(tl.load(kept + tl.program_id(1)).to(tl.float32), tl.to_tensor(count).to(tl.float32) * length)
+        update = tl.where(agrees, update, 0.0) * tl.div_rn(1.0, tl.maximum(share, 1e-3))
+    seed, step = _seed_and_step(table)
+    of_mean = tl.load(table + 9 * tl.num_programs(1) + tl.program_id(1))
+    of_square = tl.load(table + 10 * tl.num_programs(1) + tl.program_id(1))
+    _keep(
+        *(tl.where(inside, mean, 0.0), mean_codes, mean_scales, signed, of_mean, step, begin, i, j, count, length),
+        *(code_row, code_column, scale_row, scale_column, SIGNED_LAST, TINY, NOISE, PACKED, ROWS, BLOCK),
+    )
+    _keep(
+        *(tl.where(inside, square, 0.0), square_codes, square_scales, unsigned, of_square, step, begin),
+        *(i, j, count, length, code_row, code_column, scale_row, scale_column),
+        *(UNSIGNED_LAST, TINY, NOISE, PACKED, ROWS, BLOCK),
+    )
+    out = _at(table, 0, OUT, ALIGN) + x
+    if APPLY:
+        rate = _rate(lr, LR)
+        update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
+        if ROUND:
+            corner = _first(i, j, length, ROWS, BLOCK)
+            update = _round(update, _half_words_of_tile(seed, step, corner, length, ROWS, BLOCK, NOISE))
+    tl.store(out, update.to(OUT), mask=inside)
 
 
 # ---- on the host ------------------------------------------------------------------------------------------------
@@ -691,7 +856,7 @@ def _capability(device: torch.device) -> int:
 
 
 class _Table(NamedTuple):
-    """Addresses and seeds of a bucket, (7, B) on the device, and whether all addresses are multiples of 16."""
+    """Addresses and seeds of a bucket, (rows, B) on the device; whether all of the first 5 are multiples of 16."""
 
     on_device: Tensor
     align: int
@@ -705,29 +870,33 @@ def _table(
     bases: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
     seeds: Sequence[int] = (),
+    further: Sequence[int] = (),
 ) -> _Table:
     """The order of the rows is that of the arguments; a kernel reads only rows that its caller gave."""
     columns = (out, grads, exp_avgs, exp_avg_sqs, bases, steps)
-    rows = [[tensor.data_ptr() for tensor in column] or [0] * len(out) for column in columns]
-    values = tuple(chain(*rows, seeds or [0] * len(out)))
+    rows = [_addresses(column) or [0] * len(out) for column in columns]
+    values = tuple(chain(*rows, seeds or [0] * len(out), further))
     device = out[0].device
     if device.type != "cuda":
-        return _fill_table(values, device)
+        return _fill_table(values, len(out), device)
     if torch.cuda.is_current_stream_capturing():  # the graph writes its own table, and must find it at every replay
-        return _fill_table(values, device)
-    return _cached_table(values, device, torch.cuda.current_stream(device).cuda_stream)
+        return _fill_table(values, len(out), device)
+    return _cached_table(values, len(out), device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 @lru_cache(maxsize=256)
-def _cached_table(values: tuple[int, ...], device: torch.device, stream: int) -> _Table:
+def _cached_table(values: tuple[int, ...], count: int, device: torch.device, stream: int) -> _Table:
     """An unchanged bucket finds its table; the stream is a key because it orders the writing before the reading."""
-    return _fill_table(values, device)
+    return _fill_table(values, count, device)
 
 
-def _fill_table(values: tuple[int, ...], device: torch.device) -> _Table:
+def _fill_table(values: tuple[int, ...], count: int, device: torch.device) -> _Table:
     table = philox.integers(values, device)
-    addresses = values[: len(values) // 7 * 5]
-    return _Table(table, 16 if all(address % 16 == 0 for address in addresses) else 1)
+    return _Table(table, 16 if all(address % 16 == 0 for address in values[: 5 * count]) else 1)
 
 
 def _launch(
@@ -741,8 +910,12 @@ def _launch(
 ) -> None:
     options = {} if blocks is None else {"num_warps": blocks.warps, "num_stages": blocks.stages}
     flags = None if finite is None else finite.contiguous()
-    with torch.cuda.device_of(table.on_device):
-        kernel[grid](table.on_device, flags, *args, **constants, **options)
+    _start(kernel, grid, table.on_device, flags, *args, **constants, **options)
+
+
+def _start(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **constants)
 
 
 def _fits(*columns: Sequence[Tensor], bases: Sequence[Tensor] = ()) -> bool:
@@ -1080,32 +1253,160 @@ def encode_(
     """See the reference, whose bits these are."""
     tensors = [reference.rows(tensor, axis) for tensor in (x, codes, scales)]
     count, length = tensors[0].shape
-    aligned = length % 8 == 0 and begin % 8 == 0
-    with torch.cuda.device_of(codes):
-        _encode[triton.cdiv(count, _CODED_ROWS), triton.cdiv(length, BLOCK)](
-            *(*tensors, table, step, 0 if seed is None else seed, begin, count, length),
-            *(stride for tensor in tensors for stride in tensor.stride()),
-            LAST=len(table) - 2,
-            TINY=torch.finfo(torch.float32).tiny,
-            NOISE=0 if seed is None else 8 if aligned else 1,
-            PACKED=len(table) <= 16,
-            ROWS=_CODED_ROWS,
-            BLOCK=BLOCK,
-        )
+    shape = _coded_blocks(length)
+    _start(
+        _encode,
+        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
+        *(*tensors, table, step, 0 if seed is None else seed, begin, count, length, *_strides(tensors)),
+        LAST=len(table) - 2,
+        TINY=_TINY,
+        NOISE=0 if seed is None else _coded_noise(length, begin),
+        PACKED=len(table) <= 16,
+        **shape,
+    )
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
     """See the reference, whose bits these are."""
-    shape = list(codes.shape)
-    shape[axis] = length
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    whole = list(codes.shape)
+    whole[axis] = length
+    out = torch.empty(whole, dtype=dtype, device=codes.device)
     tensors = [reference.rows(tensor, axis) for tensor in (out, codes, scales)]
-    with torch.cuda.device_of(codes):
-        _decode[triton.cdiv(len(tensors[0]), _CODED_ROWS), triton.cdiv(length, BLOCK)](
-            *(*tensors, table, len(tensors[0]), length),
-            *(stride for tensor in tensors for stride in tensor.stride()),
-            PACKED=len(table) <= 16,
-            ROWS=_CODED_ROWS,
-            BLOCK=BLOCK,
-        )
+    count, shape = len(tensors[0]), _coded_blocks(length)
+    _start(
+        _decode,
+        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
+        *(*tensors, table, count, length, *_strides(tensors)),
+        PACKED=len(table) <= 16,
+        **shape,
+    )
     return out
+
+
+def _strides(tensors: Sequence[Tensor]) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()]
+
+
+def _coded_blocks(length: int) -> dict[str, Any]:
+    """Rows and columns of a program: a whole block, and as many as fill it."""
+    block = min(BLOCK, max(16, triton.next_power_of_2(length)))
+    return {"ROWS": _CODED // block, "BLOCK": block}
+
+
+def _coded_noise(length: int, begin: int) -> int:
+    """See _noise."""
+    return 8 if length % 8 == 0 and begin % 8 == 0 else 1
+
+
+def coded_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    transform: str,
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> None:
+    """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
+    own = (params, grads, codes, scales, tables, streams, axis, begin, steps)
+    adam = (beta1, beta2, eps)
+    if not _fits(params, grads, steps):
+        reference.coded_adam_(*own, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite)
+        return
+    torch.autograd.graph.increment_version(params)
+    _step_coded(*own, *adam, transform, eps_inside, finite, seeds, lr, weight_decay, scale)
+
+
+def coded_adam_update_(
+    lows: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """N as coded_adam_ would apply it."""
+    lows = [low.contiguous() for low in lows]
+    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
+    _step_coded(
+        out, lows, codes, scales, tables, streams, axis, begin, steps, beta1, beta2, eps, transform, eps_inside, finite
+    )
+    return list(out)
+
+
+def _step_coded(
+    out: Sequence[Tensor],
+    source: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str,
+    eps_inside: bool,
+    finite: Tensor | None,
+    seeds: Sequence[int] = (),
+    lr: Tensor | None = None,
+    weight_decay: float = 0.0,
+    scale: float = 0.0,
+) -> None:
+    """W into `out` with a learning rate, without one N."""
+    first, second = codes[: len(out)], codes[len(out) :]
+    table = _table(out, source, first, second, (), steps, seeds, [*_addresses(scales), *streams])
+    corrections = _advanced(table, len(out), beta1, beta2, finite)
+    cautious = transform == "cautious"
+    kept = torch.zeros(len(out), dtype=torch.int64, device=out[0].device) if cautious else None
+    rate, mode = (0.0, -1) if lr is None else _learning_rate(lr)
+    tensors = [reference.rows(tensor, axis) for tensor in (out[0], codes[0], scales[0])]
+    (count, length), shape = tensors[0].shape, _coded_blocks(out[0].shape[axis])
+    for counts in (True, False) if cautious else (False,):
+        _launch(
+            _coded_adam,
+            (triton.cdiv(count, shape["ROWS"]) * triton.cdiv(length, shape["BLOCK"]), len(out)),
+            table,
+            finite,
+            *(corrections, kept, rate, *tables, begin, count, length, *_strides(tensors)),
+            *(*_moment_scalars(beta1, beta2, eps), weight_decay, scale),
+            OUT=_TYPES[out[0].dtype],
+            IN=_TYPES[source[0].dtype],
+            ALIGN=table.align,
+            LR=mode,
+            COUNT=counts,
+            APPLY=lr is not None,
+            GRAMS=transform == "grams",
+            CAUTIOUS=cautious,
+            EPS_INSIDE=eps_inside,
+            NOISE=_coded_noise(length, begin),
+            ROUND=bool(seeds) and out[0].dtype == torch.bfloat16,
+            SIGNED_LAST=len(tables[0]) - 2,
+            UNSIGNED_LAST=len(tables[1]) - 2,
+            TINY=_TINY,
+            PACKED=len(tables[0]) <= 16,
+            num_warps=_CODED_WARPS,
+            **shape,
+        )
