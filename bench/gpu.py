@@ -160,8 +160,7 @@ def optimizers(size, params, backends):
         opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)
         opt.step()
         yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step
-        if bits == 32:
-            yield f"rank {rank} {backend}, SVD, graph of a step", captured(opt)
+        yield f"rank {rank} {backend}, SVD, {bits} bits, graph of a step", captured(opt)
 
 
 def measure(size, backends, rounds, bandwidth, rate):

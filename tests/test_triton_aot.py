@@ -34,7 +34,17 @@ TYPES |= {"kept": "*i64", "signed": "*fp32", "unsigned": "*fp32"}
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
 TYPES |= {"seed": "i64", "begin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
-COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
+COMMON = {
+    "ALIGN": 16,
+    "LR": -1,
+    "GRAMS": True,
+    "CAUTIOUS": False,
+    "COUNT": False,
+    "SIGN": False,
+    "EPS_INSIDE": False,
+    "ADAM": True,
+    "APPLY": True,
+}
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes
 NARROW = ("advance", "decode, packed True")  # of a few numbers, or of half bytes: nothing lies together
@@ -67,6 +77,10 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **cons
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", kernels._advance, {"BLOCK": 128}
+    elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "NOISE": True, "BLOCK": kernels._BLOCK}
+    yield "elementwise", kernels._elementwise, elements
+    cautious = {"GRAMS": False, "CAUTIOUS": True}
+    yield "elementwise cautious", kernels._elementwise, elements | cautious
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}
@@ -74,17 +88,10 @@ def variants(capability):
             yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254}
             yield f"decode, packed {packed}", kernels._decode, tile
             last = {"SIGNED_LAST": 14 if packed else 253, "UNSIGNED_LAST": 15 if packed else 254}
-            how = {
-                "warps": kernels._CODED_WARPS,
-                "OUT": tl.bfloat16,
-                "IN": tl.bfloat16,
-                "CAUTIOUS": True,
-                "GRAMS": False,
-                "ROUND": True,
-            }
-            yield f"coded_adam, packed {packed}", kernels._coded_adam, tile | last | how | {"COUNT": False}
-    types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
-    yield "elementwise", kernels._elementwise, types | {"NOISE": True, "BLOCK": kernels._BLOCK}
+            coded = elements | cautious | tile | last | {"ROUND": True, "warps": kernels._CODED_WARPS}
+            yield f"coded_adam, packed {packed}", kernels._coded_adam, coded
+        for kernel, arguments in ((kernels._elementwise, elements | cautious), (kernels._coded_adam, coded)):
+            yield "count", kernel, arguments | {"COUNT": True}
     for dot, dtype in OPERANDS.items():
         types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
         for name in ("fused", "project", "apply"):

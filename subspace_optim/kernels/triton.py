@@ -11,11 +11,11 @@ tensor and program_id(0) the block within it.
     _apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
     _encode       a quantised tensor at a time: scales, codes and their rounding in one pass; _decode is its inverse
     _coded_adam   dense, or R that is there already, on quantised moments: decoded, advanced, coded again and W or N
-                  written in one pass; cautious takes one before it, which counts
+                  written in one pass
 
 Nothing here waits for the device, and a step can be captured in a CUDA graph. What these kernels do not cover is done
-by the reference: projections on both sides, the cautious transform (it needs the mean of a mask before the write) of
-moments that are no codes, float64, and tensors that are not contiguous.
+by the reference: projections on both sides, float64, and tensors that are not contiguous. What the cautious transform
+keeps is counted by a launch before the one that writes; projected, it steps in three pieces.
 """
 
 from __future__ import annotations
@@ -196,6 +196,19 @@ def _adam(g, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS: tl.co
 
 
 @triton.jit
+def _count(agrees, kept):
+    """Adds those of a program to what this program's tensor keeps; whole numbers, so that no order matters."""
+    tl.atomic_add(kept + tl.program_id(1), tl.sum(agrees.to(tl.int64)))
+
+
+@triton.jit
+def _cautious(update, agrees, kept, size):
+    """N where it agrees with R, by the share of the `size` elements of which that is so, at least 1e-3."""
+    share = tl.div_rn(tl.load(kept + tl.program_id(1)).to(tl.float32), size)
+    return tl.where(agrees, update, 0.0) * tl.div_rn(1.0, tl.maximum(share, 1e-3))
+
+
+@triton.jit
 def _half_words(seed, step, block):
     """16 random bits for 8 elements a block, as philox.stochastic_round_ deals them out: (..., k) → (..., 8 k)."""
     zero = block * 0
@@ -271,6 +284,7 @@ def _elementwise(
     table,
     finite,
     corrections,
+    kept,
     lr,
     size,
     alpha1,
@@ -284,27 +298,38 @@ def _elementwise(
     ALIGN: tl.constexpr,
     LR: tl.constexpr,
     ADAM: tl.constexpr,
+    COUNT: tl.constexpr,
     APPLY: tl.constexpr,
     SIGN: tl.constexpr,
     GRAMS: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     EPS_INSIDE: tl.constexpr,
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N."""
+    """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N.
+
+    COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written.
+    """
     if _left_alone(finite):
         return
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < size
     out = _at(table, 0, OUT, ALIGN) + i
-    update = tl.load(_at(table, 1, IN, ALIGN) + i, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(_at(table, 1, IN, ALIGN) + i, mask=inside, other=0.0).to(tl.float32)
+    update = low
     if ADAM:
         mean_at = _at(table, 2, tl.float32, ALIGN) + i
         square_at = _at(table, 3, tl.float32, ALIGN) + i
         mean = tl.load(mean_at, mask=inside, other=0.0)
         square = tl.load(square_at, mask=inside, other=0.0)
-        update, mean, square = _adam(update, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, EPS_INSIDE)
+        update, mean, square = _adam(low, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, EPS_INSIDE)
+        if COUNT:
+            _count(update * low > 0, kept)
+            return
+        if CAUTIOUS:
+            update = _cautious(update, update * low > 0, kept, tl.to_tensor(size).to(tl.float32))
         tl.store(mean_at, mean, mask=inside)
         tl.store(square_at, square, mask=inside)
     if APPLY:
@@ -788,10 +813,7 @@ def _coded_adam(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of each of ROWS rows of a tensor: decoded, advanced, coded again; W written where APPLY, otherwise N.
-
-    What cautious keeps is counted by a launch of its own (COUNT), which writes nothing else.
-    """
+    """A block of each of ROWS rows of a tensor: decoded, advanced, coded again; W written where APPLY, otherwise N."""
     if _left_alone(finite):
         return
     blocks = tl.cdiv(length, BLOCK)
@@ -810,13 +832,11 @@ def _coded_adam(
         *(PACKED, ROWS, BLOCK),
     )
     update, mean, square = _adam(low, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS, EPS_INSIDE)
-    agrees = update * low > 0
     if COUNT:
-        tl.atomic_add(kept + tl.program_id(1), tl.sum(tl.sum(agrees.to(tl.int32), 1), 0).to(tl.int64))
+        _count(update * low > 0, kept)
         return
     if CAUTIOUS:
-        share = tl.div_rn(tl.load(kept + tl.program_id(1)).to(tl.float32), tl.to_tensor(count).to(tl.float32) * length)
-        update = tl.where(agrees, update, 0.0) * tl.div_rn(1.0, tl.maximum(share, 1e-3))
+        update = _cautious(update, update * low > 0, kept, tl.to_tensor(count).to(tl.float32) * length)
     seed, step = _seed_and_step(table)
     of_mean = tl.load(table + 9 * tl.num_programs(1) + tl.program_id(1))
     of_square = tl.load(table + 10 * tl.num_programs(1) + tl.program_id(1))
@@ -1027,7 +1047,7 @@ def adam_update_(
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
-    if transform == "cautious" or not _fits(lows, exp_avgs, exp_avg_sqs, steps):
+    if not _fits(lows, exp_avgs, exp_avg_sqs, steps):
         return reference.adam_update_(
             lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
         )
@@ -1038,6 +1058,7 @@ def adam_update_(
         *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
         ADAM=True,
         GRAMS=transform == "grams",
+        CAUTIOUS=transform == "cautious",
         EPS_INSIDE=eps_inside,
     )
     return list(out)
@@ -1057,19 +1078,31 @@ def _step_elements(
     **modes: bool,
 ) -> None:
     size = out[0].numel()
-    constants: dict[str, Any] = dict.fromkeys(("ADAM", "APPLY", "SIGN", "GRAMS", "EPS_INSIDE", "NOISE"), False) | modes
-    _launch(
-        _elementwise,
-        (triton.cdiv(size, _BLOCK), len(out)),
-        table,
-        *(finite, corrections, lr, size, *moments, weight_decay, scale),
-        OUT=_TYPES[out[0].dtype],
-        IN=_TYPES[source[0].dtype],
-        ALIGN=table.align,
-        LR=lr_mode,
-        BLOCK=_BLOCK,
-        **constants,
-    )
+    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE", "NOISE")
+    constants: dict[str, Any] = dict.fromkeys(names, False) | modes
+    for kept, counts in _counting(constants["CAUTIOUS"], out):
+        _launch(
+            _elementwise,
+            (triton.cdiv(size, _BLOCK), len(out)),
+            table,
+            finite,
+            *(corrections, kept, lr, size, *moments, weight_decay, scale),
+            OUT=_TYPES[out[0].dtype],
+            IN=_TYPES[source[0].dtype],
+            ALIGN=table.align,
+            LR=lr_mode,
+            COUNT=counts,
+            BLOCK=_BLOCK,
+            **constants,
+        )
+
+
+def _counting(cautious: bool, out: Sequence[Tensor]) -> list[tuple[Tensor | None, bool]]:
+    """What is kept of every tensor, and whether a launch is to count it: one that does comes before the step."""
+    if not cautious:
+        return [(None, False)]
+    kept = torch.zeros(len(out), dtype=torch.int64, device=out[0].device)
+    return [(kept, True), (kept, False)]
 
 
 def apply_(
@@ -1153,7 +1186,7 @@ def projected_adam_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side == "both" or transform == "cautious" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
+    if side == "both" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
             *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
@@ -1171,8 +1204,14 @@ def projected_adam_(
             ADAM=True,
             APPLY=True,
             GRAMS=grams,
+            CAUTIOUS=transform == "cautious",
             NOISE=_noise_mode(params, seeds) > 0,
         )
+        return
+    if transform == "cautious":
+        lows = project(grads, bases, side, exp_avgs[0].dtype)
+        updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
+        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
         return
     dot = DOT[grads[0].dtype]
     low_type = _DOT_TYPES.get(dot, torch.float32)
@@ -1380,11 +1419,10 @@ def _step_coded(
     table = _table(out, source, first, second, (), steps, seeds, [*_addresses(scales), *streams])
     corrections = _advanced(table, len(out), beta1, beta2, finite)
     cautious = transform == "cautious"
-    kept = torch.zeros(len(out), dtype=torch.int64, device=out[0].device) if cautious else None
     rate, mode = (0.0, -1) if lr is None else _learning_rate(lr)
     tensors = [reference.rows(tensor, axis) for tensor in (out[0], codes[0], scales[0])]
     (count, length), shape = tensors[0].shape, _coded_blocks(out[0].shape[axis])
-    for counts in (True, False) if cautious else (False,):
+    for kept, counts in _counting(cautious, out):
         _launch(
             _coded_adam,
             (triton.cdiv(count, shape["ROWS"]) * triton.cdiv(length, shape["BLOCK"]), len(out)),
