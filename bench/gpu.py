@@ -155,6 +155,9 @@ def optimizers(size, params, backends):
             if backend != "reference":
                 yield f"rank {rank} {backend}, graph of its kernels", bare(opt)
     rank, backend = RANKS[size][0], backends[0]
+    rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=10**9, lr=LR, backend=backend, stagger=False)
+    rows.step()
+    yield f"rank {rank} {backend}, GradNormLoRP", rows.step
     for bits in (32, 8):  # with kept bases, as GaLore has them
         kept = so.SVD(rank, update_proj_gap=10**9)
         opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)

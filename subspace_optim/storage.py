@@ -375,10 +375,10 @@ def _begins(plan: Plan) -> dict[str, int]:
     return {key: runs[key][0][0] * codec.length for key, codec in coded.items()}
 
 
-def steps_in_place(plan: Plan) -> bool:
-    """Whether a rule that takes codes writes nothing of a matrix but through its kernel."""
+def steps_in_place(plan: Plan, takes_codes: bool) -> bool:
+    """Whether the kernel of a rule, which takes codes or not, writes all that is written of a matrix in a step."""
     moments = codecs(plan).keys() & set(MOMENTS)
-    return not plan.compensated and moments == _begins(plan).keys()
+    return not plan.compensated and moments == (_begins(plan) if takes_codes else {}).keys()
 
 
 def decode_moments_(bucket: Bucket, kernel: Any) -> None:

@@ -5,6 +5,8 @@ from itertools import cycle
 import torch
 
 from subspace_optim import storage
+from subspace_optim.rules import WeightNormAdam
+from subspace_optim.types import Bucket, Hyper, Plan
 
 CANARY = 77.0
 
@@ -49,12 +51,10 @@ def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
     return params, grads, codes, scales, steps
 
 
-CODED_RATE = torch.tensor(0.7, dtype=torch.float64)
+RATE = torch.tensor(0.7, dtype=torch.float64)
 
 
-def step_coded(
-    kernel, lists, axis, bits, transform="none", seeds=(), begin=0, eps_inside=False, finite=None, lr=CODED_RATE
-):
+def step_coded(kernel, lists, axis, bits, transform="none", seeds=(), begin=0, eps_inside=False, finite=None, lr=RATE):
     """One step of coded_adam_."""
     params, grads, codes, scales, steps = lists
     device = params[0].device
@@ -86,6 +86,26 @@ def assert_coded_alike(mine, theirs):
             if slot != "codes":
                 rough = slot == "params" and x.itemsize == 2
                 torch.testing.assert_close(x, y, rtol=8e-3 if rough else 2e-6, atol=1e-6)
+
+
+def length_bucket(shape, rank, side, dtype, count=2, device="cpu"):
+    """params, grads, both moments, those of the row lengths, bases, steps; one row is zero."""
+    params, grads, means, squares, bases, steps = bucket(shape, rank, side, dtype, count, device)
+    params[-1][shape[0] // 2] = 0
+    of_lengths = [[torch.rand(shape[0], device=device) * 0.1 for _ in range(count)] for _ in range(2)]
+    return params, grads, means, squares, *of_lengths, bases, steps
+
+
+def step_lengths(kernel, lists, side, transform="none", seeds=(), finite=None, lr=RATE):
+    """One step of WeightNormAdam: in one call if the kernel has it, otherwise in pieces."""
+    *slots, bases, steps = lists
+    count, (params, grads, *moments) = len(steps), slots
+    plan = Plan(*[tuple(params[0].shape)] * 2, None, side, bases[0].shape[1], params[0].dtype, params[0].device)
+    keys = ("exp_avg", "exp_avg_sq", "magnitude_exp_avg", "magnitude_exp_avg_sq", "step")
+    states = [dict(zip(keys, own)) for own in zip(*moments, steps)]
+    given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
+    given.bases = [tuple(bases[i::count]) for i in range(count)]
+    WeightNormAdam().step_(given, Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate"), kernel)
 
 
 def twice(lists, pad=3):

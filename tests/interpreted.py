@@ -13,9 +13,11 @@ from buckets import (
     bucket,
     coded_bucket,
     error,
+    length_bucket,
     members,
     some_unusable,
     step_coded,
+    step_lengths,
     twice,
     update_coded,
 )
@@ -195,6 +197,60 @@ def test_project(shape):
         _, grads, _, _, bases, _ = bucket(*shape, dtype)
         lows = kernels.project(grads, bases, shape[-1], torch.float32)
         assert error(lows, reference.project(grads, bases, shape[-1], torch.float32)) < bound
+
+
+# ---- GradNormLoRP's whole step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("right", "cautious"), ("both", "cautious")]
+)
+def test_rows_are_stepped_by_direction_and_length(side, transform, monkeypatch):
+    monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
+    for shape, rank in (((33, 17), 5), ((40, 100), 20)):
+        lists = length_bucket(shape, rank, side, torch.float32, count=3)
+        mine, theirs, unharmed = twice(lists)
+        step_lengths(kernels, mine, side, transform, lr=torch.tensor(0.7))
+        step_lengths(reference, theirs, side, transform)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 4e-6  # sums over rows that cancel
+        assert unharmed()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_in_half_precision_are_rounded_alike(side, exact):
+    mine, theirs, unharmed = twice(length_bucket((40, 72), 8, side, torch.bfloat16), pad=16)
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, side, "none", SEEDS)
+    for a, b in zip(mine[2:], theirs[2:]):
+        assert error(a, b) < 4e-6
+    for a, b in zip(mine[0], theirs[0]):
+        assert (a != b).sum() <= 2 + 1e-3 * a.numel()
+    assert unharmed()
+
+
+def test_strided_rows_are_stepped_in_their_places():
+    mine, theirs, _ = twice(length_bucket((12, 9), 3, "right", torch.float32))
+    mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, "right")
+    assert error(mine[0], theirs[0]) < 4e-6
+
+
+@pytest.mark.parametrize("side", ["right", "both"])
+def test_rows_of_what_is_not_finite_are_left_alone(side):
+    """By the whole step, and by the pieces of a kernel that has none."""
+    lists = length_bucket((9, 14), 3, side, torch.bfloat16, count=4)
+    flags = some_unusable(lists)
+    mine, theirs, unharmed = twice(lists)
+    step_lengths(kernels, mine, side, "cautious", (5, 6, 7, 8), flags)
+    step_lengths(reference, theirs, side, "cautious", (5, 6, 7, 8), flags)
+    for own in (mine, theirs):
+        stepped, left = members(own, flags)
+        assert not any(x.isnan().any() for column in stepped for x in column)
+        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
+    assert error(members(mine, flags)[0][0], members(theirs, flags)[0][0]) < 2e-2
+    assert unharmed()
 
 
 # ---- stochastic rounding: the same bits as the reference, where the value before rounding is the same ---------------

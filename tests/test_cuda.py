@@ -475,7 +475,9 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "adamw")], ids=str)
+@pytest.mark.parametrize(
+    "method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "gradnormlorp", "adamw")], ids=str
+)
 def test_an_optimizer_leaves_it_to_the_device_what_is_skipped(method, monkeypatch):
     """As if the host had known: weights, step counts, ages and the number of skips."""
     ends = []

@@ -5,7 +5,17 @@ from importlib import import_module
 
 import pytest
 import torch
-from buckets import assert_coded_alike, bucket, coded_bucket, error, step_coded, twice, update_coded
+from buckets import (
+    assert_coded_alike,
+    bucket,
+    coded_bucket,
+    error,
+    length_bucket,
+    step_coded,
+    step_lengths,
+    twice,
+    update_coded,
+)
 from training import ALL_METHODS, build, net, set_gradients
 
 import subspace_optim as so
@@ -181,7 +191,24 @@ def test_rounds_with_the_same_bits(shape, kernels):
     assert torch.equal(mine, theirs)
 
 
-CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((1000, 64), -1), ((300, 11), -2), ((256, 5461), -2)]
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("left", "none"), ("both", "cautious")]
+)
+def test_rows_are_stepped_by_direction_and_length(side, transform, kernels):
+    """As test_projected_adam; a tangential gradient is rounded once more than a gradient."""
+    for shape, rank in GPU_SHAPES[:3:2]:
+        for dtype in DTYPES[:2]:
+            mine, theirs, unharmed = twice(length_bucket(shape, rank, side, dtype, 3, GPU), pad=16)
+            for kernel, lists in ((kernels, mine), (reference, theirs)):
+                step_lengths(kernel, lists, side, transform)
+            bound = 1e-5 if dtype == torch.float32 else 1e-2
+            assert max(error(a, b) for a, b in zip(mine[2:6], theirs[2:6], strict=True)) < bound
+            if transform == "none":
+                assert error(mine[0], theirs[0]) < 4 * bound
+            assert unharmed()
+
+
+CODED_SHAPES = [((9, 300), -1), ((1000, 64), -1), ((256, 5461), -2)]  # few: each is a compilation of Triton's
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -201,8 +228,7 @@ def test_codes_with_the_bits_of_the_reference(shape, axis, bits, kernels):
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("transform", ["none", "grams", "cautious"])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "cautious")])
 @pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
 def test_steps_on_codes(shape, axis, bits, transform, kernels):
     for dtype, seeds in ((torch.float32, ()), (torch.bfloat16, (5, 6, 7))):
@@ -276,7 +302,7 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["galore", "galore_8bit", "grams", "adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["galore", "galore_8bit", "gradnormlorp", "grams", "adamw", "adamw_8bit"])
 def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
     """Between two refreshes: replays are eager steps, bad gradients, counts and a changed rate included."""
     ends = []
@@ -290,7 +316,7 @@ def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
             opt = so.SubspaceOptimizer(params.values(), **options)
         else:
             options |= {"rank": 2, "update_proj_gap": 6, "stagger": False}
-            opt = (so.GaLore if method == "galore" else so.Grams)(params.values(), **options)
+            opt = so.OPTIMIZERS[method](params.values(), **options)
         for param in params.values():
             param.grad = torch.empty_like(param)
 

@@ -9,6 +9,8 @@ tensor and program_id(0) the block within it.
                   with its rows of M and V; G is read once, W is read and written once
     _project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
     _apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
+    _lengths      GradNormLoRP: the lengths and radial parts of rows, and Adam on these; then _project of the tangential
+                  part, and _apply twice, the first time for the lengths that rows would come to
     _encode       a quantised tensor at a time: scales, codes and their rounding in one pass; _decode is its inverse
     _coded_adam   dense, or R that is there already, on quantised moments: decoded, advanced, coded again and W or N
                   written in one pass
@@ -48,6 +50,7 @@ __all__ = [
     "project",
     "projected_adam_",
     "transform_",
+    "weight_norm_adam_",
     "write_",
 ]
 
@@ -104,6 +107,10 @@ BLOCKS = {
 }
 
 
+_LENGTH_BLOCKS = Blocks(16, 128, 0, 0, 4, 2)
+_TANGENT_STAGES = 2  # of _project where a stage holds tiles of G and of W
+
+
 def supports(plan: Plan | None) -> str | None:
     """Why a CUDA tensor of this plan cannot be stepped here, or None; without a plan, whether any can."""
     if torch.version.hip is not None:
@@ -156,6 +163,24 @@ def _load(pointer, i, j, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexp
     """The tile at (i, j) of a matrix, zero beyond its edges."""
     inside = _inside(i, j, height, width, ROWS, COLUMNS)
     return tl.load(_tile(pointer, i, j, width, ROWS, COLUMNS), mask=inside, other=0.0)
+
+
+@triton.jit
+def _gradient(g, w, lengths, i, j, m, n, TANGENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile at (i, j) of G, or where TANGENT of its part along which the length of no row of W changes."""
+    grad = _load(g, i, j, m, n, ROWS, COLUMNS)
+    if TANGENT:
+        along = _row_numbers(lengths, 0, i, m, ROWS, 0.0)
+        grad = grad.to(tl.float32) - _load(w, i, j, m, n, ROWS, COLUMNS).to(tl.float32) * along[:, None]
+    return grad
+
+
+@triton.jit
+def _row_numbers(numbers, which: tl.constexpr, i, m, ROWS: tl.constexpr, other: tl.constexpr):
+    """Of the rows from i on of this program's tensor, from one of the two lists of m."""
+    row = i + tl.arange(0, ROWS)
+    first = (2 * tl.program_id(1) + which).to(tl.int64) * m
+    return tl.load(numbers + first + row, mask=row < m, other=other)
 
 
 @triton.jit
@@ -357,19 +382,22 @@ def _accumulate(
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
     DEPTH: tl.constexpr,
+    w=None,
+    lengths=None,
+    TANGENT: tl.constexpr = False,
 ):
     """G Q for ROWS rows of G from o (left: Qᵀ G for as many columns) and RANK columns of Q from r."""
     if LEFT:
         low = tl.zeros((RANK, ROWS), tl.float32)
         for d in range(0, m, DEPTH):
             basis = _load(q, d, r, m, rank, DEPTH, RANK)  # (DEPTH, RANK)
-            grad = _load(g, d, o, m, n, DEPTH, ROWS)  # (DEPTH, ROWS)
+            grad = _gradient(g, w, lengths, d, o, m, n, TANGENT, DEPTH, ROWS)  # (DEPTH, ROWS)
             low = _dot(tl.trans(basis), grad, low, DOT)  # (RANK, ROWS)
     else:
         low = tl.zeros((ROWS, RANK), tl.float32)
         for d in range(0, n, DEPTH):
             basis = _load(q, d, r, n, rank, DEPTH, RANK)  # (DEPTH, RANK)
-            grad = _load(g, o, d, m, n, ROWS, DEPTH)  # (ROWS, DEPTH)
+            grad = _gradient(g, w, lengths, o, d, m, n, TANGENT, ROWS, DEPTH)  # (ROWS, DEPTH)
             low = _dot(grad, basis, low, DOT)  # (ROWS, RANK)
     return low
 
@@ -438,23 +466,39 @@ def _write(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLICE: tl.constexpr,
+    factor=None,
 ):
-    """W ← (1 - lr·λ) W - lr·scale·step on the tile at (i, j)."""
+    """W ← (1 - lr·λ) W - lr·scale·step on the tile at (i, j); its rows times their factors if there are any."""
     if COLUMNS > SLICE:
         HALF: tl.constexpr = COLUMNS // 2
         a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
         same = (rate, weight_decay, scale, i)
-        _write(table, w, a, *same, j, m, n, SIGN, NOISE, ROWS, HALF, SLICE)
-        _write(table, w, b, *same, j + HALF, m, n, SIGN, NOISE, ROWS, HALF, SLICE)
+        _write(table, w, a, *same, j, m, n, SIGN, NOISE, ROWS, HALF, SLICE, factor)
+        _write(table, w, b, *same, j + HALF, m, n, SIGN, NOISE, ROWS, HALF, SLICE, factor)
     else:
         inside = _inside(i, j, m, n, ROWS, COLUMNS)
         at = _tile(w, i, j, n, ROWS, COLUMNS)
         if SIGN:
             step = _sign(step)
         value = (1 - rate * weight_decay) * tl.load(at, mask=inside).to(tl.float32) - rate * scale * step
+        if factor is not None:
+            value *= factor[:, None]
         if NOISE > 0:
             value = _round(value, _noise(table, tl.to_tensor(i).to(tl.int64) * n + j, n, ROWS, COLUMNS, NOISE))
         tl.store(at, value.to(w.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _squares(w, step, rate, scale, i, j, m, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICE: tl.constexpr):
+    """Of the rows of W - lr·scale·step on the tile at (i, j), the sums of squares."""
+    if COLUMNS > SLICE:
+        HALF: tl.constexpr = COLUMNS // 2
+        a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
+        sums = _squares(w, a, rate, scale, i, j, m, n, ROWS, HALF, SLICE)
+        return sums + _squares(w, b, rate, scale, i, j + HALF, m, n, ROWS, HALF, SLICE)
+    else:
+        moved = _load(w, i, j, m, n, ROWS, COLUMNS).to(tl.float32) - rate * scale * step
+        return tl.sum(tl.where(_inside(i, j, m, n, ROWS, COLUMNS), moved * moved, 0.0), 1)
 
 
 @triton.jit
@@ -522,10 +566,60 @@ def _fused(
 
 
 @triton.jit
+def _lengths(
+    table,
+    finite,
+    corrections,
+    lengths,
+    lr,
+    m,
+    n,
+    alpha1,
+    beta2,
+    alpha2,
+    eps,
+    weight_decay,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of ROWS rows: what of W is in G, and the length they come to by Adam's step of it, or -1 if they are zero."""
+    if _left_alone(finite):
+        return
+    i = tl.program_id(0) * ROWS
+    w, g = _at(table, 0, W, ALIGN), _at(table, 1, G, ALIGN)
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for j in range(0, n, COLUMNS):
+        weight = _load(w, i, j, m, n, ROWS, COLUMNS).to(tl.float32)
+        squares += weight * weight
+        products += weight * _load(g, i, j, m, n, ROWS, COLUMNS).to(tl.float32)
+    norm = tl.sqrt_rn(tl.sum(squares, 1))
+    divisor = tl.where(norm > 0, norm, 1.0)
+    radial = tl.div_rn(tl.sum(products, 1), divisor)
+    row = i + tl.arange(0, ROWS)
+    mean_at, square_at = _at(table, 2, tl.float32, 4) + row, _at(table, 3, tl.float32, 4) + row
+    mean = tl.load(mean_at, mask=row < m, other=0.0)
+    square = tl.load(square_at, mask=row < m, other=0.0)
+    growth, mean, square = _adam(radial, mean, square, corrections, alpha1, beta2, alpha2, eps, False, False)
+    tl.store(mean_at, mean, mask=row < m)
+    tl.store(square_at, square, mask=row < m)
+    rate = _rate(lr, LR)
+    aim = tl.maximum(norm * (1 - rate * weight_decay) - rate * growth, 0.0)
+    at = lengths + (2 * tl.program_id(1)).to(tl.int64) * m + row
+    tl.store(at, tl.div_rn(radial, divisor), mask=row < m)
+    tl.store(at + m, tl.where(norm > 0, aim, -1.0), mask=row < m)
+
+
+@triton.jit
 def _project(
     table,
     finite,
     corrections,
+    lengths,
     m,
     n,
     rank,
@@ -536,9 +630,11 @@ def _project(
     OUT: tl.constexpr,
     G: tl.constexpr,
     Q: tl.constexpr,
+    W: tl.constexpr,
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
     LEFT: tl.constexpr,
+    TANGENT: tl.constexpr,
     ADAM: tl.constexpr,
     GRAMS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -546,7 +642,7 @@ def _project(
     DEPTH: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """R of every tensor to the output, or where ADAM its N."""
+    """R of every tensor to the output, or where ADAM its N; see _gradient for TANGENT."""
     if _left_alone(finite):
         return
     tiles = tl.cdiv(rank, COLUMNS)
@@ -554,7 +650,8 @@ def _project(
     r = tl.program_id(0) % tiles * COLUMNS
     g = _at(table, 1, G, ALIGN)
     q = _at(table, 4, Q, ALIGN)
-    low = _accumulate(g, q, o, r, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH)
+    w = _at(table, 7, W, ALIGN) if TANGENT else None
+    low = _accumulate(g, q, o, r, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH, w, lengths, TANGENT)
     out = _at(table, 0, OUT, ALIGN)
     if LEFT:
         if ADAM:
@@ -578,6 +675,8 @@ def _project(
 def _apply(
     table,
     finite,
+    lengths,
+    squares,
     lr,
     m,
     n,
@@ -592,12 +691,18 @@ def _apply(
     DOT: tl.constexpr,
     LEFT: tl.constexpr,
     SIGN: tl.constexpr,
+    MEASURE: tl.constexpr,
     NOISE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SLICE: tl.constexpr,
 ):
+    """W, its rows brought to the lengths of _lengths if there are any.
+
+    MEASURE: only the sums of squares of each row on this tile, to `squares` (tensor, tile of columns, row), by which
+    the launch after it knows how long they would be.
+    """
     if _left_alone(finite):
         return
     tiles = tl.cdiv(n, COLUMNS)
@@ -615,7 +720,20 @@ def _apply(
             step = _dot(_load(update, i, r, m, rank, ROWS, DEPTH), tl.trans(basis), step, DOT)  # (ROWS, COLUMNS)
     w = _at(table, 0, W, ALIGN)
     rate = _rate(lr, LR)
-    _write(table, w, step, rate, weight_decay, scale, i, j, m, n, SIGN, NOISE, ROWS, COLUMNS, SLICE)
+    factor = None
+    if lengths is not None:
+        row = i + tl.arange(0, ROWS)
+        own = squares + tl.program_id(1).to(tl.int64) * tiles * m + row
+        if MEASURE:
+            here = own + tl.program_id(0) % tiles * m
+            tl.store(here, _squares(w, step, rate, scale, i, j, m, n, ROWS, COLUMNS, SLICE), mask=row < m)
+            return
+        sums = tl.zeros((ROWS,), tl.float32)
+        for tile in range(tiles):
+            sums += tl.load(own + tile * m, mask=row < m, other=0.0)
+        length, aim = tl.sqrt_rn(sums), _row_numbers(lengths, 1, i, m, ROWS, -1.0)
+        factor = tl.where((aim >= 0) & (length > 0), tl.div_rn(aim, tl.where(length > 0, length, 1.0)), 1.0)
+    _write(table, w, step, rate, weight_decay, scale, i, j, m, n, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
 
 
 @triton.jit
@@ -1002,27 +1120,37 @@ def _project_all(
     eps: float = 0.0,
     grams: bool = False,
     finite: Tensor | None = None,
+    tangent: tuple[Sequence[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
-    """R in `dtype`; with moments (exp_avgs, exp_avg_sqs, steps), N, and they advance."""
+    """R in `dtype`, of the tangential part of G where W and its _lengths are given.
+
+    With moments (exp_avgs, exp_avg_sqs, steps), N, and they advance.
+    """
     (m, n), rank = grads[0].shape, bases[0].shape[-1]
     other = n if side == "left" else m
     bases = _operands(bases, dot)
     low = (rank, n) if side == "left" else (m, rank)
     out = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
-    table = _table(out, grads, *(moments[:2] if moments else ((), ())), bases, moments[2] if moments else ())
+    params, lengths = tangent or ((), None)
+    steps = moments[2] if moments else ()
+    table = _table(out, grads, *(moments[:2] if moments else ((), ())), bases, steps, (), _addresses(params))
     corrections = _advanced(table, len(out), *betas, finite) if moments else None
     shape = blocks("project", dot, _capability(grads[0].device))
+    shape = shape._replace(stages=_TANGENT_STAGES) if tangent else shape
     _launch(
         _project,
         (triton.cdiv(other, shape.rows) * triton.cdiv(rank, shape.columns), len(out)),
         table,
-        *(finite, corrections, m, n, rank, *_moment_scalars(*betas, eps)),
+        finite,
+        *(corrections, lengths, m, n, rank, *_moment_scalars(*betas, eps)),
         OUT=_TYPES[dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
+        W=_TYPES[params[0].dtype] if tangent else None,
         ALIGN=table.align,
         DOT=dot,
         LEFT=side == "left",
+        TANGENT=tangent is not None,
         ADAM=moments is not None,
         GRAMS=grams,
         ROWS=shape.rows,
@@ -1051,9 +1179,27 @@ def adam_update_(
         return reference.adam_update_(
             lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
         )
+    return _updates(lows, exp_avgs, exp_avg_sqs, steps, None, beta1, beta2, eps, transform, eps_inside, finite)
+
+
+def _updates(
+    lows: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    corrections: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str,
+    eps_inside: bool,
+    finite: Tensor | None,
+) -> list[Tensor]:
+    """N; without corrections, the steps advance."""
     out = torch.empty((len(lows), *lows[0].shape), dtype=exp_avgs[0].dtype, device=lows[0].device).unbind()
     table = _table(out, lows, exp_avgs, exp_avg_sqs, (), steps)
-    corrections = _advanced(table, len(out), beta1, beta2, finite)
+    if corrections is None:
+        corrections = _advanced(table, len(out), beta1, beta2, finite)
     _step_elements(
         *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
         ADAM=True,
@@ -1122,42 +1268,66 @@ def apply_(
     if side == "both" or not _fits(params, updates, steps, bases=bases):
         reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
         return
+    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
+    if side is None:
+        rate, mode = _learning_rate(lr)
+        _step_elements(
+            *(_table(params, updates, (), (), (), steps, seeds), finite, params, updates, None, rate, mode),
+            *(_moment_scalars(0, 0, 0), weight_decay, scale),
+            APPLY=True,
+            SIGN=sign,
+            NOISE=_noise_mode(params, seeds) > 0,
+        )
+        return
+    _apply_all(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+
+
+def _apply_all(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    bases: list[Tensor],
+    steps: Sequence[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool,
+    finite: Tensor | None,
+    lengths: Tensor | None = None,
+) -> None:
+    """W; with `lengths`, its rows come to them: they are measured by a launch of their own before."""
     dot = DOT[params[0].dtype]
     bases = _operands(bases, dot)
     table = _table(params, updates, (), (), bases, steps, seeds)
     rate, mode = _learning_rate(lr)
-    noise = _noise_mode(params, seeds)
-    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
-    if side is None:
-        _step_elements(
-            *(table, finite, params, updates, None, rate, mode, _moment_scalars(0, 0, 0), weight_decay, scale),
-            APPLY=True,
-            SIGN=sign,
-            NOISE=noise > 0,
-        )
-        return
     (m, n), rank = params[0].shape, bases[0].shape[-1]
     shape = blocks("apply", dot, _capability(params[0].device))
-    _launch(
-        _apply,
-        (triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns), len(params)),
-        table,
-        *(finite, rate, m, n, rank, weight_decay, scale),
-        W=_TYPES[params[0].dtype],
-        IN=_TYPES[updates[0].dtype],
-        Q=_TYPES[bases[0].dtype],
-        ALIGN=table.align,
-        LR=mode,
-        DOT=dot,
-        LEFT=side == "left",
-        SIGN=sign,
-        NOISE=noise,
-        ROWS=shape.rows,
-        COLUMNS=shape.columns,
-        DEPTH=shape.depth,
-        SLICE=shape.slice,
-        blocks=shape,
-    )
+    tiles = triton.cdiv(n, shape.columns)
+    squares = None if lengths is None else lengths.new_empty(len(params), tiles, m)
+    for measure in (False,) if lengths is None else (True, False):
+        _launch(
+            _apply,
+            (triton.cdiv(m, shape.rows) * tiles, len(params)),
+            table,
+            finite,
+            *(lengths, squares, rate, m, n, rank, weight_decay, scale),
+            W=_TYPES[params[0].dtype],
+            IN=_TYPES[updates[0].dtype],
+            Q=_TYPES[bases[0].dtype],
+            ALIGN=table.align,
+            LR=mode,
+            DOT=dot,
+            LEFT=side == "left",
+            SIGN=sign,
+            MEASURE=measure,
+            NOISE=_noise_mode(params, seeds),
+            ROWS=shape.rows,
+            COLUMNS=shape.columns,
+            DEPTH=shape.depth,
+            SLICE=shape.slice,
+            blocks=shape,
+        )
 
 
 def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
@@ -1277,6 +1447,76 @@ def _fused_adam_(
         RANK=max(16, triton.next_power_of_2(rank)),
         blocks=shape,
     )
+
+
+def weight_norm_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
+
+    G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
+    lengths it would come to and once to be written; back(N) is formed for both of these.
+    """
+    kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
+    grads = [grad.to(kind).contiguous() for grad in grads]
+    written = (params, exp_avgs, exp_avg_sqs)
+    own = [[tensor.contiguous() for tensor in column] for column in written]
+    torch.autograd.graph.increment_version(params)
+    between = sum(basis.numel() for basis in bases) // len(params) if side == "both" else 0
+    part = max(1, _WORKSPACE // (4 * (2 * exp_avgs[0].numel() + between)))
+    for at in (slice(start, start + part) for start in range(0, len(params), part)):
+        w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
+        lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
+        some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
+        table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
+        corrections = _advanced(table, len(w), beta1, beta2, some)
+        lengths = torch.empty((len(w), 2, w[0].shape[0]), dtype=torch.float32, device=w[0].device)
+        rate, mode = _learning_rate(rates)
+        (m, n), wide = w[0].shape, torch.float32
+        _launch(
+            _lengths,
+            (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(w)),
+            table,
+            some,
+            *(corrections, lengths, rate, m, n, *_moment_scalars(beta1, beta2, eps), weight_decay),
+            W=_TYPES[w[0].dtype],
+            G=_TYPES[kind],
+            ALIGN=table.align,
+            LR=mode,
+            ROWS=_LENGTH_BLOCKS.rows,
+            COLUMNS=_LENGTH_BLOCKS.columns,
+            blocks=_LENGTH_BLOCKS,
+        )
+        first: Side | None = "left" if side == "both" else side
+        lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, tangent=(w, lengths))
+        if side == "both":
+            lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
+        updates = _updates(lows, means, squares, k, corrections, beta1, beta2, eps, transform, False, some)
+        if side == "both":
+            updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
+        outer, last = (rights, "right") if side == "both" else (lefts, side)
+        _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, some, lengths)
+    for column, moved in zip(written, own, strict=True):
+        for tensor, new in zip(column, moved, strict=True):
+            if new is not tensor:
+                tensor.copy_(new)
 
 
 def encode_(
