@@ -144,13 +144,15 @@ def arms(size, params, backends):
             if backend != "reference":
                 yield f"rank {rank} {backend}, graph of its kernels", bare(opt), "galore", rank, 32
     rank, backend = RANKS[size][0], backends[0]
+    rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=NEVER, lr=LR, backend=backend, stagger=False)
+    rows.step()
+    yield f"rank {rank} {backend}, GradNormLoRP", rows.step, "gradnormlorp", rank, 32
     for bits in (32, 8):  # with kept bases, as GaLore has them
         kept = so.SVD(rank, update_proj_gap=NEVER)
         opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)
         opt.step()
         yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step, "galore", rank, bits
-        if bits == 32:
-            yield f"rank {rank} {backend}, SVD, graph of a step", captured(opt), "galore", rank, bits
+        yield f"rank {rank} {backend}, SVD, {bits} bits, graph of a step", captured(opt), "galore", rank, bits
     if size == PEERS_AT:
         others = peers()
         for name, opt in built(others, (params, [], rank)):

@@ -531,7 +531,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         """Whether the kernel alone decides what it leaves as it is: nothing else in the step depends on it."""
         plan, projector = bucket.plan, self.projector
         rule = self.rule if plan.side else self.dense_rule
-        if not rule.skips or self.observer.listens or not storage.is_plain(plan):
+        if not rule.skips or self.observer.listens or not storage.steps_in_place(plan, rule.takes_codes):
             return False
         if plan.side is None:
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,11 +169,15 @@ def weight_norm_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam, in blocks of rows: the tangential gradient never exists as a whole."""
+    columns: list[Any] = [params, grads, exp_avgs, exp_avg_sqs, length_avgs, length_avg_sqs, bases, steps, seeds]
+    if finite is not None:
+        columns = reference.taken(finite, *columns)
     _ops.weight_norm_adam_(
-        *(params, grads, exp_avgs, exp_avg_sqs, length_avgs, length_avg_sqs, bases, steps, seeds, lr),
-        *(beta1, beta2, eps, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
+        *(*columns, lr, beta1, beta2, eps, weight_decay, scale),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
     )
     _written(params)
 
@@ -239,8 +244,15 @@ def coded_adam_(
     scale: float,
     transform: str,
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """Decoded, advanced, coded and applied a thousand elements at a time, in the cache."""
+    if finite is not None:
+        reference.coded_adam_(
+            *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr),
+            *(beta1, beta2, eps, weight_decay, scale, transform, eps_inside, finite),
+        )
+        return
     _ops.coded_adam_(
         *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr, beta1, beta2, eps),
         *(weight_decay, scale, TRANSFORMS.index(transform), eps_inside),
