@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 import subspace_optim as so
+from subspace_optim import _ext
 from subspace_optim.kernels import select
 
 MODELS = {  # hidden, intermediate, layers, vocabulary, rank: LLaMA as GaLore has it
@@ -31,12 +32,14 @@ class Arm:
         method: what it computes, for limits.py.
         checked: whether it is ours and float64 has its numbers.
         bits: of its moments, for limits.py.
+        bound: of its error, where that is not the one of the dtype.
     """
 
     make: Callable[..., torch.optim.Optimizer]
     method: str
     checked: bool = False
     bits: int | None = None
+    bound: float | None = None
 
 
 def arms(backends):
@@ -54,6 +57,9 @@ def arms(backends):
         known |= {f"{method}{tag}": Arm(partial(ours, method, backend), method, True, 32) for method in METHODS}
     for method, bits in product(("adamw", "galore"), (8, 4)):  # codes are not float64's numbers: without its parity
         known[f"{method} {bits}-bit"] = Arm(partial(ours, method, "auto", state_bits=bits), method, bits=bits)
+    if _ext.load() is None and _ext.isa().endswith("_bf16"):  # tests/test_products.py has this bound
+        for method in ("galore", "gradnormlorp", "flora", "osd"):
+            known[f"{method} bf16 products"] = Arm(partial(rounded, method), method, True, 32, bound=1e-2)
     return known | peers()
 
 
@@ -63,6 +69,20 @@ def ours(method, backend, projected, dense, rank, lr=LR, gap=NEVER, **options):
         groups = projected + dense
     cls = {"adamw": so.SubspaceOptimizer, **so.OPTIMIZERS}[method]
     return cls(groups, lr=lr, backend=backend, **options)
+
+
+def rounded(method, *setting, **options):
+    """Ours, in a process that allows products of float32 to be rounded (`set_float32_matmul_precision("medium")`)."""
+    optimizer, place = ours(method, "auto", *setting, **options), torch.backends.mkldnn.matmul
+    step = optimizer.step
+
+    def allowed():
+        place.fp32_precision = "bf16"
+        step()
+        place.fp32_precision = "none"
+
+    optimizer.step = allowed
+    return optimizer
 
 
 def torch_adamw(projected, dense, rank, **how):

@@ -178,9 +178,10 @@ def main(arguments=None):
     known = arms(options.backends)
     chosen = {name: known[name] for name in known if name == BASELINE or any(part in name for part in options.arms)}
     errors = {name: parity(arm, options.model, dtype) for name, arm in chosen.items() if arm.checked}
-    failed = {name: error for name, error in errors.items() if not error < BOUNDS[dtype]}
+    bounds = {name: known[name].bound or BOUNDS[dtype] for name in errors}
+    failed = {name: error for name, error in errors.items() if not error < bounds[name]}
     for name, error in failed.items():
-        print(f"{name}: parity fails ({error:.1e}, bound {BOUNDS[dtype]:.0e}); it is not timed")
+        print(f"{name}: parity fails ({error:.1e}, bound {bounds[name]:.0e}); it is not timed")
         del chosen[name]
 
     said = {key: value for key, value in vars(options).items() if key != "out"}
