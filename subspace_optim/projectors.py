@@ -284,18 +284,22 @@ def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.dev
     words = philox.words(seeds, 2 * d, device)
     signs = (words[:, :d] & 1).mul(2).sub(1).double()
     columns = words[:, d:].argsort(stable=True)[:, :r].double()
-    odd = torch.arange(1, 2 * _PERIOD, 2, dtype=torch.float64, device=device)
-    starts = torch.arange(0, 2 * d, 2 * _PERIOD, dtype=torch.float64, device=device)
-    return [_cosines(odd, starts, k, d).mul_(sign.unsqueeze(-1)) for k, sign in zip(columns, signs, strict=True)]
+    at_once = 1 if device.type == "cpu" else len(signs)  # a basis in the cache, or few launches
+    parts = zip(columns.split(at_once), signs.split(at_once), strict=True)
+    return [q for k, sign in parts for q in _cosines(k, d).mul_(sign.unsqueeze(-1)).unbind()]
 
 
-def _cosines(odd: Tensor, starts: Tensor, k: Tensor, d: int) -> Tensor:
-    """Columns k of the transform, cos((2i + 1)kπ/2d) with 2i + 1 = start + odd, of length 1."""
+def _cosines(k: Tensor, d: int) -> Tensor:
+    """Columns k (b, r) of the transform, cos((2i + 1)kπ/2d) of length 1: (b, d, r)."""
+    odd = torch.arange(1, 2 * _PERIOD, 2, dtype=torch.float64, device=k.device)
+    starts = torch.arange(0, 2 * d, 2 * _PERIOD, dtype=torch.float64, device=k.device)  # 2i + 1 = start + odd
+    k = k.unsqueeze(1)
     (c, s), (c0, s0) = (
-        (a.cos(), a.sin()) for a in (torch.outer(x, k).remainder_(4 * d) * (math.pi / (2 * d)) for x in (odd, starts))
+        (a.cos(), a.sin())
+        for a in ((x.unsqueeze(1) * k).remainder_(4 * d) * (math.pi / (2 * d)) for x in (odd, starts))
     )
-    rows = torch.mul(c0.unsqueeze(1), c).addcmul_(s0.unsqueeze(1), s, value=-1).flatten(0, 1)[:d]
-    return rows.mul_((2 - (k == 0).double()).div_(d).sqrt_())
+    rows = torch.mul(c0.unsqueeze(2), c.unsqueeze(1)).addcmul_(s0.unsqueeze(2), s.unsqueeze(1), value=-1).flatten(1, 2)
+    return rows[:, :d].mul_((2 - (k == 0).double()).div_(d).sqrt_())
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from hypothesis import assume, example, given
 import subspace_optim as so
 from subspace_optim import philox
 from subspace_optim.kernels import reference
-from subspace_optim.projectors import UNSET, cholesky_qr
+from subspace_optim.projectors import UNSET, _cosines, cholesky_qr
 from subspace_optim.rules import carried
 from subspace_optim.types import Bucket, make_plan
 
@@ -180,6 +180,14 @@ def test_exact_svd_leaves_the_smallest_residual(problem):
     residual = G - reference.back(reference.project([G], bases, plan.side, F64)[0], bases, plan.side)
     left_out = torch.linalg.svdvals(G)[problem.rank :]
     assert float(residual.square().sum()) == pytest.approx(float(left_out.square().sum()), rel=1e-10)
+
+
+def test_bases_are_drawn_together_as_they_are_one_by_one():
+    """A GPU draws those of a bucket in the launches of one, a CPU one after another: the bits are the same."""
+    columns = torch.stack([torch.randperm(70, generator=torch.Generator().manual_seed(i))[:9] for i in range(3)])
+    together = _cosines(columns.double(), 70)
+    assert torch.equal(together, torch.cat([_cosines(k.double().unsqueeze(0), 70) for k in columns]))
+    assert torch.dist(together.mT @ together, torch.eye(9, dtype=F64)) < ROUNDING[F64]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
