@@ -271,6 +271,15 @@ def test_gradients_of_shards_are_projected_within_backward(results, kind, early)
         assert max(held) == (62 if early else 122) and min(held) == 6 * 2 + 2 * 12 + 2 * 7 + 12
 
 
+@pytest.mark.parametrize("side", sharded.LINEAR)
+def test_linear_layers_over_tensor_parallelism_form_r_alone(results, side):
+    """Rows and columns of W, on every side; whole gradients exist where a basis is due, as in one process."""
+    ends, formed = results["2"]["backward"]["linear", side]
+    wanted, whole = sharded.linear_in_backward(side)
+    assert_close(ends, wanted)
+    assert formed == whole < 2 * 14
+
+
 def test_groups_of_shards_average_what_was_projected_within_backward(results):
     ends, _ = results["4"]["backward"]["replicas"]
     assert_close(ends, in_one_process())
@@ -344,7 +353,8 @@ def test_groups_of_shards_are_refused_with_the_mend(results, what, message):
     [
         ("flat", "GaLore: FSDP1 has flattened every parameter.*fully_shard.*ZeroRedundancyOptimizer.*use_orig_params"),
         ("cut", "conv is cut along dimension 1 into 2 parts.*shard it along dimension 0"),
-        ("linear", "linear=True: 0.weight is a DTensor, .* leave linear out"),
+        ("linear", "linear=True: 0.weight is sharded by fully_shard, .* leave linear out"),
+        ("copies", r"linear=True: 0.weight has the placements \(Replicate\(\),\); leave linear out"),
         ("average", r"average_gradients: 0.weight lies on .* holds ranks \[1\] of it"),
         ("blocks", "table is cut along its last dimension.*state_bits=8.*state_bits=32"),
     ],
