@@ -333,13 +333,13 @@ def half_precision(mesh, layout):
     return everyone
 
 
-ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
+ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns"), 4: ("both",)}  # world size, meshes
 
 
 def rounded(name, mesh=None, layout=()):
-    """Where bfloat16 weights end."""
+    """Where bfloat16 weights end, a refresh in between."""
     params = net(mesh, layout, torch.bfloat16)
-    train(params, build(name, params), range(STEPS))
+    train(params, build(name, params), range(GAP + 2))
     return whole(params)
 
 

@@ -169,10 +169,10 @@ def test_copies_of_bfloat16_shards_agree(results, name):
 
 @pytest.mark.parametrize("name", sharded.FIVE)
 def test_bfloat16_shards_are_rounded_as_the_whole(results, name):
-    """By the same random bits, across refreshes.
+    """By the same random bits, across a refresh.
 
     A sum that a shard takes in another order differs in float32 by 1e-6, and by that over 2⁻⁸, its chance to be rounded
-    to the other neighbour: 8 steps of the 120 elements of a tensor come to 0.2 that differ. Other bits differ in most.
+    to the other neighbour: 5 steps of the 120 elements of a tensor come to 0.2 that differ. Other bits differ in most.
     Neighbours of weights below 4 are 2⁻⁶ apart.
     """
     for world, meshes in sharded.ROUNDED.items():
@@ -208,7 +208,7 @@ def one_of_four(request):
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (7, 9), (2, 24), (6, 5, 4)], ids=str)
-@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 0), (1, 1), (0, None), (None, 1)], ids=str)
+@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 1), (0, None)], ids=str)
 def test_a_window_names_the_elements_of_a_shard(one_of_four, shape, dims):
     numbers = torch.arange(math.prod(shape)).view(shape)
     cuts = [Replicate() if dim is None else Shard(dim) for dim in dims]
