@@ -539,15 +539,17 @@ class Sharded:
         scale: float,
         transform: str,
         eps_inside: bool = False,
+        finite: Tensor | None = None,
     ) -> None:
         """As the reference; "cautious" takes N of the whole shard, as the share that it keeps is found in between."""
         coded, adam = (codes, scales, tables, streams, axis, begin, steps), (beta1, beta2, eps)
         if transform != "cautious":
             self._kernel.coded_adam_(
-                params, grads, *coded, seeds, lr, *adam, weight_decay, scale, transform, eps_inside
+                params, grads, *coded, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite
             )
             return
         updates = [torch.zeros_like(grad, dtype=step.dtype) for grad, step in zip(grads, steps, strict=True)]
-        self._kernel.coded_adam_(updates, grads, *coded, [], torch.tensor(-1.0), *adam, 0.0, 1.0, "none", eps_inside)
+        minus_one = torch.tensor(-1.0)
+        self._kernel.coded_adam_(updates, grads, *coded, [], minus_one, *adam, 0.0, 1.0, "none", eps_inside, finite)
         self.transform_(updates, grads, transform)
-        self.apply_(params, updates, [], steps, seeds, lr, weight_decay, scale, None)
+        self.apply_(params, updates, [], steps, seeds, lr, weight_decay, scale, None, finite=finite)

@@ -1,8 +1,8 @@
 """The kernels as torch ops: every schema, fake and default kernel. This page is the whole kernel API.
 
 The default kernel of an op is the reference; csrc/ registers faster ones for the CPU under the same names. Bases come
-flat, as in kernels/reference.py; `side` is an index into SIDES, `transform` one into TRANSFORMS, and `window` the three
-numbers of a Window.
+flat, as in kernels/reference.py; `side` is an index into SIDES, `transform` one into TRANSFORMS, `window` the three
+numbers of a Window, and `products` an index into PRODUCTS: a permission, of which the reference makes no use.
 
 Defined by hand, because `torch.library.custom_op` would cost a step 80 µs a call.
 """
@@ -23,6 +23,7 @@ from .philox import Window
 from .types import TRANSFORMS, Side
 
 SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
+PRODUCTS = ("exact", "own", "rounded")  # what may be multiplied in bfloat16: nothing, bfloat16 tensors, everything
 
 _library = Library("subspace_optim", "DEF")  # type: ignore[no-untyped-call]
 
@@ -43,12 +44,14 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 
 
 def _decoded(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, of arguments as ops take them."""
-    values = {i: _VALUES[name] for i, name in enumerate(signature(kernel).parameters) if name in _VALUES}
-    return lambda *arguments: kernel(*(values.get(i, lambda x: x)(value) for i, value in enumerate(arguments)))
+    """The kernel, of arguments as ops take them; `products`, which may follow them, it does not see."""
+    values = [_VALUES.get(name, lambda x: x) for name in signature(kernel).parameters if name != "finite"]
+    return lambda *arguments: kernel(*(value(own) for value, own in zip(values, arguments, strict=False)))
 
 
-def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype) -> list[Tensor]:
+def _fake_project(
+    grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype, products: int = 0
+) -> list[Tensor]:
     lows = []
     for i, grad in enumerate(grads):
         (m, n), rank = grad.shape, bases[i].shape[1]
@@ -59,7 +62,7 @@ def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: to
 
 # A dense gradient is its own projection, which an op may not return: the side is never None here.
 _define(
-    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype) -> Tensor[]",
+    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype, int products=0) -> Tensor[]",
     _decoded(reference.project),
     _fake_project,
 )
@@ -79,7 +82,7 @@ _define(
 
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
-    "float weight_decay, float scale, int side, bool sign, int[] window) -> ()",
+    "float weight_decay, float scale, int side, bool sign, int[] window, int products=0) -> ()",
     _decoded(reference.apply_),
     lambda *_: None,
 )
@@ -87,7 +90,7 @@ _define(
 _define(
     "projected_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
-    "float weight_decay, float scale, int side, int transform, int[] window) -> ()",
+    "float weight_decay, float scale, int side, int transform, int[] window, int products=0) -> ()",
     _decoded(reference.projected_adam_),
     lambda *_: None,
 )
@@ -97,7 +100,8 @@ _define(
 _define(
     "weight_norm_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] length_avgs, Tensor(e!)[] length_avg_sqs, Tensor[] bases, Tensor(f!)[] steps, int[] seeds, "
-    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform) -> ()",
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform, "
+    "int products=0) -> ()",
     None,
     lambda *_: None,
 )
@@ -106,7 +110,7 @@ _define(
     "compressed_adafactor_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] row_averages, "
     "Tensor(d!)[] column_averages, Tensor[] previous, Tensor[] bases, bool[] carried, Tensor(e!)[] steps, int[] seeds, "
     "Tensor lr, float beta1, float decay_rate, float clip_threshold, float weight_decay, float scale, int side, "
-    "int transform) -> ()",
+    "int transform, int products=0) -> ()",
     None,
     lambda *_: None,
 )

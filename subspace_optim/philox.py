@@ -104,7 +104,7 @@ def uniform(seed: int, step: int | Tensor, begin: int, count: int, device: torch
     return _halves(seed, step, begin, count, device).float().add_(0.5).mul_(2.0**-16)
 
 
-def _halves(seed: int, step: int | Tensor, elements: int | Tensor, count: int, device: torch.device) -> Tensor:
+def _halves(seed: int | Tensor, step: int | Tensor, elements: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Half-words of the stream (seed, step), int64, low halves first; element i uses half-word i.
 
     They are those of `count` elements from one on, or of all that are given.
@@ -118,7 +118,9 @@ def _halves(seed: int, step: int | Tensor, elements: int | Tensor, count: int, d
     return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[begin - 8 * first :][:count]
 
 
-def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int | Tensor, elements: int | Tensor = 0) -> None:
+def stochastic_round_(
+    out: Tensor, value: Tensor, seed: int | Tensor, step: int | Tensor, elements: int | Tensor = 0
+) -> None:
     """Write float32 `value` into bfloat16 `out`, up or down with the odds that make the expectation exact.
 
     Element i uses half-word i of the stream (seed, step): 16 random bits are added below the 16 bits that are kept.
@@ -126,7 +128,7 @@ def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int | Tensor,
     Args:
         out: bfloat16, any strides.
         value: float32, the shape of `out`; overwritten.
-        seed: of the tensor.
+        seed: of the tensor; 0-d where it is a tensor.
         step: of the tensor, so that every step rounds afresh.
         elements: where `out` begins in the tensor of which it is a part, or which of its elements these are.
     """

@@ -339,7 +339,6 @@ class WeightNormAdam(Adam):
 
     whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
     takes_codes: ClassVar[bool] = False
-    skips: ClassVar[bool] = False
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""
@@ -379,34 +378,44 @@ class WeightNormAdam(Adam):
                 *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
                 *(bucket.slot("magnitude_exp_avg"), bucket.slot("magnitude_exp_avg_sq"), flat(bucket.bases)),
                 *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay),
-                *(hyper.scale, plan.side, hyper.transform),
+                *(hyper.scale, plan.side, hyper.transform, bucket.finite),
             )
             return
-        lr = float(hyper.lr)
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            finite = None if bucket.finite is None else bucket.finite[i : i + 1]
             tangent, radial, norm = self._split(param, bucket.grads[i], plan)
             low = kernel.project([tangent], bucket.bases[i], plan.side, plan.state_dtype)
-            update, growth = self.adam_(state, low[0], radial, hyper, kernel)
+            update, growth = self.adam_(state, low[0], radial, hyper, kernel, finite)
             moved = tangent.copy_(param)
             kernel.apply_(
                 *([moved], [update], list(bucket.bases[i]), [state["step"]], [], hyper.lr, 0.0, hyper.scale, plan.side)
             )
-            magnitude = norm.mul(1 - lr * hyper.weight_decay).sub_(growth, alpha=lr).clamp_(min=0)
+            magnitude = norm.mul(1 - hyper.lr * hyper.weight_decay).sub_(growth * hyper.lr).clamp_(min=0)
             length = plan.sharding.norm(moved, (0, 1), (-1,))
             rescale = torch.where((norm > 0) & (length > 0), magnitude / length.clamp(min=1e-30), 1)
             moved.mul_(rescale.unsqueeze(-1))
+            if finite is not None:  # what W is already rounds to itself
+                moved = torch.where(finite, moved, param)
             kernel.write_(param, moved, state["step"], bucket.seeds[i] if bucket.seeds else None)
 
-    def adam_(self, state: State, low: Tensor, radial: Tensor, hyper: Hyper, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    def adam_(
+        self,
+        state: State,
+        low: Tensor,
+        radial: Tensor,
+        hyper: Hyper,
+        kernel: Kernel,
+        finite: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """N and n: Adam's updates of direction and length, which share one step count."""
         same_step = state["step"].clone()
         (update,) = kernel.adam_update_(
             *([low], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]]),
-            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside),
+            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside, finite),
         )
         (growth,) = kernel.adam_update_(
             *([radial], [state["magnitude_exp_avg"]], [state["magnitude_exp_avg_sq"]], [same_step]),
-            *(*hyper.betas, hyper.eps, "none", self.eps_inside),
+            *(*hyper.betas, hyper.eps, "none", self.eps_inside, finite),
         )
         return update, growth
 

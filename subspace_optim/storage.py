@@ -238,13 +238,16 @@ class Coding:
         eps_inside: bool = False,
         finite: Tensor | None = None,
     ) -> list[Tensor]:
-        """As the reference; N is where a step of -1 takes a zero."""
+        """As the reference; N of a kernel that cannot return it is where a step of -1 takes a zero."""
         adam = (beta1, beta2, eps)
         if not isinstance(exp_avgs[0], Coded):
             return self._kernel.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, eps_inside, finite)
+        coded = (*_flat(exp_avgs, exp_avg_sqs), steps)
+        if hasattr(self._kernel, "coded_adam_update_"):
+            return self._kernel.coded_adam_update_(lows, *coded, *adam, transform, eps_inside, finite)
         updates = [torch.zeros_like(low, memory_format=torch.contiguous_format) for low in lows]
-        lists: tuple[list[Any], ...] = (updates, lows, exp_avgs, exp_avg_sqs, steps, [])
-        self._step_(finite, lists, torch.tensor(-1.0), *adam, 0.0, 1.0, transform, eps_inside)
+        rest = (*adam, 0.0, 1.0, transform, eps_inside, finite)
+        self._kernel.coded_adam_(updates, lows, *coded, [], torch.tensor(-1.0), *rest)
         return updates
 
     def projected_adam_(
@@ -272,24 +275,27 @@ class Coding:
             own = (params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
             self._kernel.projected_adam_(*own, *rest, side, transform, finite=finite)
         elif side is None:
-            self._step_(finite, (params, grads, exp_avgs, exp_avg_sqs, steps, seeds), *rest, transform, False)
+            coded = _flat(exp_avgs, exp_avg_sqs)
+            self._kernel.coded_adam_(params, grads, *coded, steps, seeds, *rest, transform, finite=finite)
         else:
             lows = self._kernel.project(grads, bases, side, steps[0].dtype)
             updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, finite=finite)
             self._kernel.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
 
-    def _step_(self, finite: Tensor | None, lists: Sequence[Sequence[Any]], *rest: Any) -> None:
-        params, grads, exp_avgs, exp_avg_sqs, steps, seeds = (
-            lists if finite is None else reference.taken(finite, *lists)
-        )
-        if not params:
-            return
-        first, second, moments = exp_avgs[0], exp_avg_sqs[0], [*exp_avgs, *exp_avg_sqs]
-        self._kernel.coded_adam_(
-            *(params, grads, [moment.codes for moment in moments], [moment.scales for moment in moments]),
-            *([first.table, second.table], [moment.seed for moment in moments], first.codec.axis, first.begin),
-            *(steps, seeds, *rest),
-        )
+
+def _flat(
+    exp_avgs: list[Coded], exp_avg_sqs: list[Coded]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], int, int]:
+    """Codes, scales, tables, streams, axis and begin as coded_adam_ takes them."""
+    first, second, moments = exp_avgs[0], exp_avg_sqs[0], [*exp_avgs, *exp_avg_sqs]
+    return (
+        [moment.codes for moment in moments],
+        [moment.scales for moment in moments],
+        [first.table, second.table],
+        [moment.seed for moment in moments],
+        first.codec.axis,
+        first.begin,
+    )
 
 
 class Opened(dict[str, Any]):
@@ -350,18 +356,29 @@ def opened(bucket: Bucket, kernel: Any, takes_codes: bool) -> Bucket:
     plan = bucket.plan
     if is_plain(plan):
         return bucket
-    left = {key: codec for key, codec in codecs(plan).items() if takes_codes and key in MOMENTS}
-    begins = {key: _runs(plan, key, codec, plan.low_shape) for key, codec in left.items()}
-    if any(len(runs) != 1 for runs in begins.values()):  # shards that are no consecutive rows
-        left = {}
+    left = _begins(plan) if takes_codes else {}
     out = replace(bucket, states=[Opened(plan, state, codecs(plan).keys() - left, kernel) for state in bucket.states])
     for state, stream in zip(out.states, bucket.streams, strict=True):
-        for key, codec in left.items():
-            begin = begins[key][0][0] * codec.length
-            state[key] = Coded(codec, state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
+        for key, begin in left.items():
+            state[key] = Coded(codecs(plan)[key], state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
     if plan.compensated:
         out.params = [p.float().add_(c) for p, c in zip(bucket.params, bucket.slot("compensation"), strict=True)]
     return out
+
+
+def _begins(plan: Plan) -> dict[str, int]:
+    """Where those moments begin that a kernel can step as codes: none of shards that are no consecutive rows."""
+    coded = {key: codec for key, codec in codecs(plan).items() if key in MOMENTS}
+    runs = {key: _runs(plan, key, codec, plan.low_shape) for key, codec in coded.items()}
+    if any(len(own) != 1 for own in runs.values()):
+        return {}
+    return {key: runs[key][0][0] * codec.length for key, codec in coded.items()}
+
+
+def steps_in_place(plan: Plan, takes_codes: bool) -> bool:
+    """Whether the kernel of a rule, which takes codes or not, writes all that is written of a matrix in a step."""
+    moments = codecs(plan).keys() & set(MOMENTS)
+    return not plan.compensated and moments == (_begins(plan) if takes_codes else {}).keys()
 
 
 def decode_moments_(bucket: Bucket, kernel: Any) -> None:

@@ -127,7 +127,7 @@ class Plan:
 
     def matrices(self, tensor: Tensor) -> list[Tensor]:
         """The tensor as what is stepped: the same memory where strides allow it, otherwise copies."""
-        if self.side is None:
+        if self.side is None or tensor.shape == self.matrix:
             return [tensor]
         return list(tensor.reshape(1 if self.stack is None else self.stack, *self.matrix).unbind())
 

@@ -1,10 +1,13 @@
-"""Arguments of projected_adam_ for the tests of GPU kernels, what surrounds them, and distances between results."""
+"""Arguments of the steps for the tests of GPU kernels, what surrounds them, and distances between results."""
 
 from itertools import cycle
 
 import torch
 
+from subspace_optim import storage
 from subspace_optim.philox import ALL, Window
+from subspace_optim.rules import WeightNormAdam
+from subspace_optim.types import Bucket, Hyper, Plan
 
 CANARY = 77.0
 
@@ -31,6 +34,79 @@ def bucket(shape, rank, side, dtype, count=2, device="cpu"):
         [torch.linalg.qr(torch.randn(d, rank, device=device))[0].contiguous() for d in sizes for _ in range(count)],
         [torch.tensor(float(i), device=device) for i in range(count)],
     )
+
+
+def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
+    """params, grads, codes, scales, steps; some are zero, and so are all of a block."""
+    params, grads, means, squares, _, steps = bucket(shape, None, None, dtype, count, device)
+    for mean, square in zip(means, squares):
+        mean[0], square[0], mean[1] = 0, 0, mean[1] * 1e-42
+    codes, scales = [], []
+    for kind, moments in (("signed", means), ("unsigned", squares)):
+        codec = storage.Codec(kind, bits, axis, shape[axis])
+        for x in moments:
+            pair = [torch.zeros(s, dtype=t, device=device) for s, t in zip(codec.shapes(shape), (torch.uint8, x.dtype))]
+            codec.encode_(x, *pair)
+            codes.append(pair[0])
+            scales.append(pair[1])
+    return params, grads, codes, scales, steps
+
+
+RATE = torch.tensor(0.7, dtype=torch.float64)
+
+
+def step_coded(kernel, lists, axis, bits, transform="none", seeds=(), begin=0, eps_inside=False, finite=None, lr=RATE):
+    """One step of coded_adam_."""
+    params, grads, codes, scales, steps = lists
+    device = params[0].device
+    tables = [torch.tensor(storage.values(kind, bits), device=device) for kind in ("signed", "unsigned")]
+    streams = [2**40 + 7 * i for i in range(len(codes))]
+    kernel.coded_adam_(
+        *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr),
+        *(0.8, 0.95, 1e-3, 0.1, 0.5, transform, eps_inside, finite),
+    )
+
+
+def update_coded(kernel, lists, axis, bits, transform="none", begin=0):
+    """N of one step on codes; the reference has it as what a step of -1 adds to zero."""
+    _, lows, codes, scales, steps = lists
+    codec = [storage.Codec(kind, bits, axis, lows[0].shape[axis]) for kind in ("signed", "unsigned")]
+    moments = [
+        storage.Coded(codec[i // len(lows)], *pair, 2**40 + 7 * i, begin) for i, pair in enumerate(zip(codes, scales))
+    ]
+    first, second = moments[: len(lows)], moments[len(lows) :]
+    return storage.Coding(kernel).adam_update_(lows, first, second, steps, 0.8, 0.95, 1e-3, transform)
+
+
+def assert_coded_alike(mine, theirs):
+    """Adam may differ in its last bit, by which one code in 10,000 is the next one, and one bfloat16 in 1000."""
+    for (slot, column), others in zip(zip(("params", "grads", "codes", "scales", "steps"), mine), theirs):
+        for x, y in zip(column, others, strict=True):
+            few = {"codes": 1 + 1e-4 * x.numel(), "params": x.numel() * (1e-3 if x.itemsize == 2 else 1)}.get(slot, 0)
+            assert slot == "scales" or (x != y).sum() <= few + 1, slot
+            if slot != "codes":
+                rough = slot == "params" and x.itemsize == 2
+                torch.testing.assert_close(x, y, rtol=8e-3 if rough else 2e-6, atol=1e-6)
+
+
+def length_bucket(shape, rank, side, dtype, count=2, device="cpu"):
+    """params, grads, both moments, those of the row lengths, bases, steps; one row is zero."""
+    params, grads, means, squares, bases, steps = bucket(shape, rank, side, dtype, count, device)
+    params[-1][shape[0] // 2] = 0
+    of_lengths = [[torch.rand(shape[0], device=device) * 0.1 for _ in range(count)] for _ in range(2)]
+    return params, grads, means, squares, *of_lengths, bases, steps
+
+
+def step_lengths(kernel, lists, side, transform="none", seeds=(), finite=None, lr=RATE):
+    """One step of WeightNormAdam: in one call if the kernel has it, otherwise in pieces."""
+    *slots, bases, steps = lists
+    count, (params, grads, *moments) = len(steps), slots
+    plan = Plan(*[tuple(params[0].shape)] * 2, None, side, bases[0].shape[1], params[0].dtype, params[0].device)
+    keys = ("exp_avg", "exp_avg_sq", "magnitude_exp_avg", "magnitude_exp_avg_sq", "step")
+    states = [dict(zip(keys, own)) for own in zip(*moments, steps)]
+    given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
+    given.bases = [tuple(bases[i::count]) for i in range(count)]
+    WeightNormAdam().step_(given, Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate"), kernel)
 
 
 def twice(lists, pad=3):

@@ -8,10 +8,25 @@ from functools import partial
 import interpreter  # noqa: F401
 import pytest
 import torch
-from buckets import PARTS, bucket, error, members, part_and_whole, some_unusable, twice
+from buckets import (
+    PARTS,
+    assert_coded_alike,
+    bucket,
+    coded_bucket,
+    error,
+    length_bucket,
+    members,
+    part_and_whole,
+    some_unusable,
+    step_coded,
+    step_lengths,
+    twice,
+    update_coded,
+)
 from training import ALL_METHODS, assert_same, build, net, train
 
-from subspace_optim import storage
+import subspace_optim as so
+from subspace_optim import engine, storage
 from subspace_optim.kernels import reference, select
 from subspace_optim.kernels import triton as kernels
 
@@ -72,7 +87,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_projected_adam_float32(shape, path):
-    mine, theirs = step_both(bucket(*shape, torch.float32), shape[-1], "grams" if shape[1] == 5 else "none")
+    mine, theirs = step_both(
+        bucket(*shape, torch.float32), shape[-1], {5: "grams", 8: "cautious"}.get(shape[1], "none")
+    )
     for a, b in zip(mine, theirs):
         assert error(a, b) < 1e-6
 
@@ -110,7 +127,7 @@ def test_workspace_is_bounded(fuse, monkeypatch):
         assert error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("transform", ["none", "grams"])
+@pytest.mark.parametrize("transform", ["none", "grams", "cautious"])
 @pytest.mark.parametrize("dtype", kernels.DOT, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (33, 17), (2, 700), (3, 2, 5)], ids=str)
 def test_dense(shape, dtype, transform):
@@ -163,7 +180,7 @@ def test_what_is_not_finite_is_left_alone(shape, path, monkeypatch):
 
 
 @pytest.mark.parametrize("eps_inside", [False, True])
-@pytest.mark.parametrize("transform", ["none", "grams"])
+@pytest.mark.parametrize("transform", ["none", "grams", "cautious"])
 def test_adam_update(transform, eps_inside):
     _, lows, means, squares, _, steps = bucket((33, 17), None, None, torch.float32)
     mine, theirs, unharmed = twice((lows, means, squares, steps))
@@ -182,6 +199,60 @@ def test_project(shape):
         _, grads, _, _, bases, _ = bucket(*shape, dtype)
         lows = kernels.project(grads, bases, shape[-1], torch.float32)
         assert error(lows, reference.project(grads, bases, shape[-1], torch.float32)) < bound
+
+
+# ---- GradNormLoRP's whole step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("right", "cautious"), ("both", "cautious")]
+)
+def test_rows_are_stepped_by_direction_and_length(side, transform, monkeypatch):
+    monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
+    for shape, rank in (((33, 17), 5), ((40, 100), 20)):
+        lists = length_bucket(shape, rank, side, torch.float32, count=3)
+        mine, theirs, unharmed = twice(lists)
+        step_lengths(kernels, mine, side, transform, lr=torch.tensor(0.7))
+        step_lengths(reference, theirs, side, transform)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 4e-6  # sums over rows that cancel
+        assert unharmed()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_in_half_precision_are_rounded_alike(side, exact):
+    mine, theirs, unharmed = twice(length_bucket((40, 72), 8, side, torch.bfloat16), pad=16)
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, side, "none", SEEDS)
+    for a, b in zip(mine[2:], theirs[2:]):
+        assert error(a, b) < 4e-6
+    for a, b in zip(mine[0], theirs[0]):
+        assert (a != b).sum() <= 2 + 1e-3 * a.numel()
+    assert unharmed()
+
+
+def test_strided_rows_are_stepped_in_their_places():
+    mine, theirs, _ = twice(length_bucket((12, 9), 3, "right", torch.float32))
+    mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, "right")
+    assert error(mine[0], theirs[0]) < 4e-6
+
+
+@pytest.mark.parametrize("side", ["right", "both"])
+def test_rows_of_what_is_not_finite_are_left_alone(side):
+    """By the whole step, and by the pieces of a kernel that has none."""
+    lists = length_bucket((9, 14), 3, side, torch.bfloat16, count=4)
+    flags = some_unusable(lists)
+    mine, theirs, unharmed = twice(lists)
+    step_lengths(kernels, mine, side, "cautious", (5, 6, 7, 8), flags)
+    step_lengths(reference, theirs, side, "cautious", (5, 6, 7, 8), flags)
+    for own in (mine, theirs):
+        stepped, left = members(own, flags)
+        assert not any(x.isnan().any() for column in stepped for x in column)
+        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
+    assert error(members(mine, flags)[0][0], members(theirs, flags)[0][0]) < 2e-2
+    assert unharmed()
 
 
 # ---- stochastic rounding: the same bits as the reference, where the value before rounding is the same ---------------
@@ -285,12 +356,50 @@ def test_codes(kind, bits, shape, axis, seed, begin):
     assert torch.equal(kernels.decode(*given), reference.decode(*given))
 
 
+CODED_SHAPES = [((5, 7), -1), ((7, 260), -1), ((3, 5, 24), -1), ((260, 5), -2), ((24, 70), -2)]
+
+
+@pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "grams"), (4, "cautious")])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
+def test_a_step_on_codes(shape, axis, bits, transform):
+    for dtype, seeds, begin in ((torch.float32, (), 0), (torch.bfloat16, SEEDS, shape[axis])):
+        mine, theirs, unharmed = twice(coded_bucket(shape, axis, bits, dtype), pad=16)
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            step_coded(kernel, lists, axis, bits, transform, seeds, begin, eps_inside=bool(begin))
+        assert_coded_alike(mine, theirs)
+        assert unharmed()
+
+
+@pytest.mark.parametrize("transform", ["none", "grams", "cautious"])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES[1::2], ids=str)
+def test_an_update_on_codes(shape, axis, transform):
+    mine, theirs, unharmed = twice(coded_bucket(shape, axis, 4, torch.float32))
+    updates, expected = (update_coded(*each, axis, 4, transform) for each in ((kernels, mine), (reference, theirs)))
+    assert error(updates, expected) < 1e-6
+    assert_coded_alike(mine, theirs)
+    assert unharmed()
+
+
+@pytest.mark.parametrize("transform", ["grams", "cautious"])
+def test_what_is_not_finite_is_left_alone_on_codes(transform):
+    lists = coded_bucket((9, 20), -1, 8, torch.bfloat16, count=4)
+    flags = some_unusable(lists)
+    mine, before, unharmed = twice(lists)
+    step_coded(kernels, mine, -1, 8, transform, (5, 6, 7, 8), finite=flags, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    step_coded(reference, before, -1, 8, transform, (5, 6, 7, 8), finite=flags, lr=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    mine[1] = before[1] = []
+    assert_coded_alike(mine, before)
+    assert unharmed()
+    left = [members(each, flags)[1] for each in (mine, lists)]
+    assert all(torch.equal(x, y) for k in (0, 2, 3, 4) for x, y in zip(left[0][k], left[1][k], strict=True))
+
+
 # ---- what the kernels leave to the reference, and whole optimizers ---------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "transform"), [("both", "none"), ("right", "cautious"), (None, "cautious")])
-def test_left_to_the_reference(side, transform):
-    mine, theirs = step_both(bucket((12, 9), 3, side, torch.float32), side, transform)
+@pytest.mark.parametrize("transform", ["none", "cautious"])
+def test_left_to_the_reference(transform):
+    mine, theirs = step_both(bucket((12, 9), 3, "both", torch.float32), "both", transform)
     for a, b in zip(mine, theirs):
         for x, y in zip(a, b):
             assert torch.equal(x, y)
@@ -321,7 +430,7 @@ def refuse_projected(allowed, *arguments):
     return allowed(*arguments)
 
 
-WHOLE = ("galore", "galore_grams", "galore_lion", "galore_adafactor", "flora", "osd", "gradnormlorp", "adamw_grams")
+WHOLE = ("galore", "galore_grams", "galore_lion", "galore_adafactor", "flora", "osd", "gradnormlorp", "adamw_cautious")
 
 
 @pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in WHOLE], ids=str)
@@ -341,6 +450,31 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
     train(mine, opt, range(3))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=2e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_optimizer_on_codes_leaves_it_to_the_device_what_is_skipped(monkeypatch):
+    """As if the host had known: to what one code more or less is of a step, and step counts exactly."""
+    ends = []
+    for device in (False, True):
+        if device:
+            monkeypatch.setattr(select, "_resolve", lambda backend, plan: kernels)
+            monkeypatch.setattr(engine, "_waits", lambda peaks: True)
+            monkeypatch.setattr(reference, "taken", lambda *_: pytest.fail("left to the reference"))
+        params = net(names=("tall", "wide", "vector"))
+        params["table"] = torch.nn.Parameter(torch.ones(9, 40))
+        groups = [{"params": list(params.values())[:3]}, {"params": [params["table"]], "rank": None}]
+        opt = so.GaLore(groups, rank=2, lr=0.01, state_bits=8, update_proj_gap=100, stagger=False, backend="reference")
+        for step in range(4):
+            for i, param in enumerate(params.values()):
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            if step == 2:
+                params["tall"].grad[0, 0] = params["table"].grad[3] = torch.nan
+            opt.step()
+        assert opt.skipped_updates == 2
+        ends.append((params, [state["step"] for state in opt.state.values()]))
+    for name, param in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], param, rtol=1e-3, atol=1e-4)
+    assert ends[0][1] == ends[1][1]
 
 
 def test_a_run_is_the_same_twice():

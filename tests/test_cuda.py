@@ -12,10 +12,22 @@ from functools import partial
 import emulated
 import pytest
 import torch
-from buckets import PARTS, bucket, error, members, part_and_whole, some_unusable, twice
+from buckets import (
+    PARTS,
+    assert_coded_alike,
+    bucket,
+    coded_bucket,
+    error,
+    members,
+    part_and_whole,
+    some_unusable,
+    step_coded,
+    twice,
+    update_coded,
+)
 from training import ALL_METHODS, build, net, set_gradients, train
 
-from subspace_optim import _ext, engine, philox
+from subspace_optim import _ext, engine, philox, storage
 from subspace_optim.kernels import cuda as kernels
 from subspace_optim.kernels import native, reference, select
 from subspace_optim.types import TRANSFORMS, make_plan
@@ -354,6 +366,77 @@ def test_write_to_nearest(dtype):
     assert torch.equal(mine, value.to(dtype))
 
 
+# ---- moments in codes: encode_ and decode with the bits of the reference ---------------------------------------------
+
+CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((3, 5, 24), -1), ((300, 11), -2), ((24, 70), -2)]
+
+
+@pytest.mark.parametrize("order", [emulated.FORWARD, emulated.BACKWARD, emulated.RANDOM])
+@pytest.mark.parametrize(("kind", "bits"), [("signed", 8), ("unsigned", 4), ("linear", 8)])
+def test_codes(kind, bits, order, library):
+    library.emulator_order(order)
+    table = torch.tensor(storage.values(kind, bits))
+    for i, (shape, axis) in enumerate(CODED_SHAPES):
+        x = torch.randn(shape) * torch.logspace(-20, 3, shape[-1])
+        x = x.abs() if kind == "unsigned" else x
+        x[0] = 0
+        x[1].mul_(1e-42)
+        codec, (seed, begin) = storage.Codec(kind, bits, axis, shape[axis]), ((None, 0), (2**62 + 5, 0), (7, 13))[i % 3]
+        codes, scales = codec.shapes(shape)
+        pad = PADS[i % 2]
+        mine, theirs, unharmed = twice([[torch.full(codes, 77, dtype=torch.uint8)], [torch.zeros(scales)]], pad)
+        for kernel, ((code,), (scale,)) in ((kernels, mine), (reference, theirs)):
+            given = x.bfloat16() if i % 2 else x.double()
+            kernel.encode_(given, code, scale, table, axis, seed, torch.tensor(70000.0), begin)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(mine, theirs))
+        assert unharmed()
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            given = (*(column[0] for column in theirs), table, axis, shape[axis], dtype)
+            assert torch.equal(kernels.decode(*given), reference.decode(*given))
+
+
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
+@pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "grams"), (8, "cautious")])
+def test_a_step_on_codes(shape, axis, bits, transform, library):
+    alternatives = (
+        (torch.float32, (), 0, 3, emulated.FORWARD),
+        (torch.bfloat16, SEEDS, shape[axis], 16, emulated.BACKWARD),
+    )
+    for dtype, seeds, begin, pad, order in alternatives:
+        library.emulator_order(order)
+        mine, theirs, unharmed = twice(coded_bucket(shape, axis, bits, dtype), pad)
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            step_coded(kernel, lists, axis, bits, transform, seeds, begin, eps_inside=bool(begin))
+        assert_coded_alike(mine, theirs)
+        assert unharmed()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES[1::2], ids=str)
+def test_an_update_on_codes(shape, axis, transform):
+    mine, theirs, unharmed = twice(coded_bucket(shape, axis, 4, torch.float32))
+    updates, expected = (update_coded(*each, axis, 4, transform) for each in ((kernels, mine), (reference, theirs)))
+    assert error(updates, expected) < 1e-6
+    assert_coded_alike(mine, theirs)
+    assert unharmed()
+
+
+@pytest.mark.parametrize("transform", ["grams", "cautious"])
+def test_what_is_not_finite_is_left_alone_on_codes(transform):
+    """In both launches of a bucket, a rate for each tensor."""
+    count = 54  # more than a launch takes
+    lists = coded_bucket((9, 20), -1, 8, torch.bfloat16, count)
+    flags, rates = some_unusable(lists), torch.linspace(0.1, 0.9, count)
+    mine, theirs, unharmed = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        step_coded(kernel, own, -1, 8, transform, range(count), finite=flags, lr=rates)
+    mine[1] = theirs[1] = []
+    assert_coded_alike(mine, theirs)
+    assert unharmed()
+    left = [members(each, flags)[1] for each in (mine, lists)]
+    assert all(torch.equal(x, y) for k in (0, 2, 3, 4) for x, y in zip(left[0][k], left[1][k], strict=True))
+
+
 # ---- what is left to the reference, and whole optimizers ------------------------------------------------------------
 
 
@@ -404,7 +487,9 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "adamw")], ids=str)
+@pytest.mark.parametrize(
+    "method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "gradnormlorp", "adamw")], ids=str
+)
 def test_an_optimizer_leaves_it_to_the_device_what_is_skipped(method, monkeypatch):
     """As if the host had known: weights, step counts, ages and the number of skips."""
     ends = []
@@ -468,6 +553,7 @@ def test_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    command += ["-k", "(exact and 32-2) or (exact and bfloat16-2) or (bits and bfloat16-left) or (grad_max and 7)"]
+    chosen = "(exact and 32-2) or (exact and bfloat16-2) or (bits and bfloat16-left) or (grad_max and 7)"
+    command += ["-k", f"{chosen} or (step_on_codes and cautious and (300 or 5-7))"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

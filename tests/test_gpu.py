@@ -5,11 +5,21 @@ from importlib import import_module
 
 import pytest
 import torch
-from buckets import bucket, error, twice
+from buckets import (
+    assert_coded_alike,
+    bucket,
+    coded_bucket,
+    error,
+    length_bucket,
+    step_coded,
+    step_lengths,
+    twice,
+    update_coded,
+)
 from training import ALL_METHODS, build, net, set_gradients
 
 import subspace_optim as so
-from subspace_optim import philox
+from subspace_optim import philox, storage
 from subspace_optim.kernels import reference, select
 
 pytestmark = [
@@ -181,6 +191,60 @@ def test_rounds_with_the_same_bits(shape, kernels):
     assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("left", "none"), ("both", "cautious")]
+)
+def test_rows_are_stepped_by_direction_and_length(side, transform, kernels):
+    """As test_projected_adam; a tangential gradient is rounded once more than a gradient."""
+    for shape, rank in GPU_SHAPES[:3:2]:
+        for dtype in DTYPES[:2]:
+            mine, theirs, unharmed = twice(length_bucket(shape, rank, side, dtype, 3, GPU), pad=16)
+            for kernel, lists in ((kernels, mine), (reference, theirs)):
+                step_lengths(kernel, lists, side, transform)
+            bound = 1e-5 if dtype == torch.float32 else 1e-2
+            assert max(error(a, b) for a, b in zip(mine[2:6], theirs[2:6], strict=True)) < bound
+            if transform == "none":
+                assert error(mine[0], theirs[0]) < 4 * bound
+            assert unharmed()
+
+
+CODED_SHAPES = [((9, 300), -1), ((1000, 64), -1), ((256, 5461), -2)]  # few: each is a compilation of Triton's
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
+def test_codes_with_the_bits_of_the_reference(shape, axis, bits, kernels):
+    torch.manual_seed(0)
+    codec = storage.Codec("signed", bits, axis, shape[axis])
+    x = torch.randn(shape, device=GPU) * torch.logspace(-20, 3, shape[-1], device=GPU)
+    for seed, begin in ((None, 0), (2**62 + 1, 13)):
+        ends = []
+        for kernel in (kernels, reference):
+            kept = [torch.zeros(s, device=GPU) for s in codec.shapes(shape)]
+            kept[0] = kept[0].to(torch.uint8)
+            codec.encode_(x, *kept, seed, torch.tensor(70000.0, device=GPU), kernel, begin)
+            ends.append((*kept, codec.decode(*kept, torch.float32, kernel)))
+        for mine, theirs in zip(*ends, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "cautious")])
+@pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)
+def test_steps_on_codes(shape, axis, bits, transform, kernels):
+    for dtype, seeds in ((torch.float32, ()), (torch.bfloat16, (5, 6, 7))):
+        mine, theirs, unharmed = twice(coded_bucket(shape, axis, bits, dtype, 3, GPU), pad=16)
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            step_coded(kernel, lists, axis, bits, transform, seeds)
+        assert_coded_alike(mine, theirs)
+        assert unharmed()
+    mine, theirs, unharmed = twice(coded_bucket(shape, axis, bits, torch.float32, 3, GPU))
+    updates, expected = (
+        update_coded(k, lists, axis, bits, transform) for k, lists in ((kernels, mine), (reference, theirs))
+    )
+    assert error(updates, expected) < 1e-5
+    assert unharmed()
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("shape", [(64, 96), (33, 17), (200, 330)], ids=str)
 def test_rounds_tiles_with_the_same_bits(shape, side, kernels, monkeypatch):
@@ -238,7 +302,7 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["galore", "grams", "adamw"])
+@pytest.mark.parametrize("name", ["galore", "galore_8bit", "gradnormlorp", "grams", "adamw", "adamw_8bit"])
 def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
     """Between two refreshes: replays are eager steps, bad gradients, counts and a changed rate included."""
     ends = []
@@ -246,11 +310,13 @@ def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
         params = net(torch.bfloat16).to(GPU)
         lr = torch.tensor(0.1, device=GPU)
         options = {"lr": lr, "weight_decay": 0.1, "backend": name_of(kernels)}
-        if name == "adamw":
+        method, _, coded = name.partition("_")
+        options |= {"state_bits": 8} if coded else {}
+        if method == "adamw":
             opt = so.SubspaceOptimizer(params.values(), **options)
         else:
             options |= {"rank": 2, "update_proj_gap": 6, "stagger": False}
-            opt = (so.GaLore if name == "galore" else so.Grams)(params.values(), **options)
+            opt = so.OPTIMIZERS[method](params.values(), **options)
         for param in params.values():
             param.grad = torch.empty_like(param)
 

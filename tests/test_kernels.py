@@ -18,6 +18,7 @@ from cases import METHODS
 import subspace_optim as so
 from subspace_optim import _ext, ops, philox
 from subspace_optim.kernels import native, reference
+from subspace_optim.projectors import exact_products
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
 
@@ -29,6 +30,13 @@ EMPTY = (((0, 9), 2), ((9, 0), 2))  # shards of which a rank has nothing
 MATRICES = (((1, 2), 1), ((37, 53), 3), ((53, 37), 5), ((300, 700), 9))  # the last in several blocks and chunks
 SIDES = ("left", "right", "both")
 CASES = [(shape, 0, None) for shape in DENSE] + [(shape, rank, side) for shape, rank in MATRICES for side in SIDES]
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    """What is compared to the last bits multiplies as the reference does; test_products.py has the other ways."""
+    with exact_products():
+        yield
 
 
 @dataclass
@@ -531,4 +539,5 @@ def test_optimizers(method, dtype):
 
 
 if __name__ == "__main__":
-    print(_ext.isa(), digest())  # noqa: T201
+    with exact_products():
+        print(_ext.isa(), digest())  # noqa: T201

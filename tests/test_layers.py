@@ -18,7 +18,7 @@ LAYERS = (
     ("hyperparameters", "kernels", "kernels.reference"),
     ("storage",),
     ("ops",),
-    ("kernels.native", "kernels.triton", "kernels.cuda"),
+    ("kernels.native", "kernels.triton", "kernels.cuda", "kernels.compiled"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
     ("monitor", "state"),

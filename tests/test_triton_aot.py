@@ -30,19 +30,36 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+TYPES |= {"kept": "*i64"} | dict.fromkeys(("signed", "unsigned", "lengths", "squares"), "*fp32")
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
 TYPES |= {"seed": "i64", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
-COMMON = {"ALIGN": 16, "LR": -1, "GRAMS": True, "SIGN": False, "EPS_INSIDE": False, "ADAM": True, "APPLY": True}
+COMMON = {
+    "ALIGN": 16,
+    "LR": -1,
+    "TANGENT": False,
+    "MEASURE": False,
+    "GRAMS": True,
+    "CAUTIOUS": False,
+    "COUNT": False,
+    "SIGN": False,
+    "EPS_INSIDE": False,
+    "ADAM": True,
+    "APPLY": True,
+}
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
-WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[\S+\], \[\S+\], 0x10")  # 16 bytes
+WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]+\], \[[^]]+\], 0x10")  # 16 bytes
 NARROW = ("advance", "decode, packed True")  # of a few numbers, or of half bytes: nothing lies together
 SAME_CODE = (86, 89)  # as for 80, but for the limits: the mirrored sides are not compiled again
 
 
-def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **constants):
-    """Registers, stack bytes, bytes of shared memory and PTX of a kernel; `aligned`: n is a multiple of 16."""
+def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=False, **constants):
+    """Registers, stack bytes, bytes of shared memory and PTX of a kernel.
+
+    `aligned`: n is a multiple of 16; `rows`: their lengths are given.
+    """
     names = kernel.arg_names
+    constants |= {} if rows else {"lengths": None, "squares": None}
     constants = {name: value for name, value in constants.items() if name in names}
     multiples = {"table", "corrections", "size", "m", "n", "rank", "pitch"} - (set() if aligned else {"n", "pitch"})
     multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
@@ -66,15 +83,21 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, **cons
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", kernels._advance, {"BLOCK": 128}
+    elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
+    for noise in (8, 1):
+        yield f"elementwise, noise {noise}", kernels._elementwise, elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
-            tile = {"PACKED": packed, "ROWS": kernels._CODED_ROWS, "BLOCK": BLOCK}
+            tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}
             tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
-            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254, "TINY": 1e-38, "NOISE": 8}
+            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254}
             yield f"decode, packed {packed}", kernels._decode, tile
-    types = {"OUT": tl.bfloat16, "IN": tl.bfloat16}
-    for noise in (8, 1):
-        yield f"elementwise, noise {noise}", kernels._elementwise, types | {"NOISE": noise, "BLOCK": kernels._BLOCK}
+        coded = elements | tile | {"SIGNED_LAST": 13, "UNSIGNED_LAST": 14, "ROUND": True, "warps": kernels._CODED_WARPS}
+        for counts in (False, True) if capability == 80 else (False,):
+            yield f"coded_adam, counts {counts}", kernels._coded_adam, coded | {"COUNT": counts}
+    lengths = kernels._LENGTH_BLOCKS
+    tile = {"ROWS": lengths.rows, "COLUMNS": lengths.columns, "warps": lengths.warps, "stages": lengths.stages}
+    yield "lengths", kernels._lengths, tile | {"W": tl.bfloat16, "G": tl.bfloat16, "rows": True}
     for dot, dtype in OPERANDS.items():
         types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
         for name in ("fused", "project", "apply"):
@@ -85,6 +108,13 @@ def variants(capability):
             yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
             if capability not in SAME_CODE:
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
+                rows = types | tile | dict.fromkeys(("IN", "OUT"), tl.float32) | {"ADAM": False, "rows": True}
+                if name == "project":  # of GradNormLoRP, as what follows
+                    rows |= {"TANGENT": True, "stages": kernels._TANGENT_STAGES}
+                if name != "fused":
+                    yield f"{name} {dot} rows", kernel, rows | {"LEFT": name == "project" and dot == "bf16"}
+                if name == "apply" and dot == "bf16":
+                    yield f"{name} {dot} measure", kernel, rows | {"LEFT": False, "MEASURE": True}
                 if name != "fused" and dot == "bf16" and capability <= 90:  # as of a 2048 × 5461 matrix
                     yield f"{name} {dot} left odd", kernel, types | tile | {"LEFT": True, "NOISE": 1, "aligned": False}
 

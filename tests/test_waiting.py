@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import subspace_optim as so
+from subspace_optim import storage
 from subspace_optim.kernels import cuda, select
 
 GPU = torch.device("cuda", 0)
@@ -60,12 +61,13 @@ def launches(request, monkeypatch):
     def launch(kernel, *_, **__):
         seen.append(getattr(kernel, "__name__", kernel))
 
-    monkeypatch.setattr(kernels, "_launch", launch)
+    monkeypatch.setattr(kernels, "_start" if request.param == "triton" else "_launch", launch)
     monkeypatch.setattr(cuda, "load", lambda: SimpleNamespace(sso_scalars_bytes=lambda: 40))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     if request.param == "triton":
         monkeypatch.setattr(kernels, "_capability", lambda device: 90)
     monkeypatch.setattr(select, "_resolve", lambda backend, plan: kernels)
+    monkeypatch.setattr(storage, "_table", lambda kind, bits, like: like.new_empty(2**bits).float())  # as after a step
     monkeypatch.setattr(FakeTensor, "data_ptr", address, raising=False)
     monkeypatch.setattr(FakeTensor, "__getitem__", sliced, raising=False)
     monkeypatch.setattr(FakeTensor, "tolist", listed, raising=False)
@@ -89,6 +91,12 @@ OPTIMIZERS = {
     "galore": lambda params, **options: so.GaLore(params, rank=8, **options),
     "galore_grams": lambda params, **options: so.GaLore(params, rank=8, transform="grams", **options),
     "adamw": lambda params, **options: so.SubspaceOptimizer(params, **options),
+    "galore_8bit": lambda params, **options: so.GaLore(params, rank=8, state_bits=8, basis_bits=4, **options),
+    "galore_4bit_cautious": lambda params, **options: so.GaLore(
+        params, rank=8, state_bits=4, transform="cautious", **options
+    ),
+    "gradnormlorp": lambda params, **options: so.GradNormLoRP(params, rank=8, **options),
+    "adamw_8bit": lambda params, **options: so.SubspaceOptimizer(params, state_bits=8, **options),
     "random_adam": lambda params, **options: so.SubspaceOptimizer(params, so.RandomProjection(8), **options),
     "gaussian_adam": lambda params, **options: so.SubspaceOptimizer(
         params, so.RandomProjection(8, kind="gaussian"), **options
@@ -99,14 +107,16 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
 @pytest.mark.parametrize("rate", ["number", "tensor"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches):
+def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches, request):
+    if name == "gradnormlorp" and request.node.callspec.params["launches"] == "cuda":
+        pytest.skip("without the whole step as one kernel: fake tensors do not copy_ between types")
     with FakeTensorMode():
         lr = 0.1 if rate == "number" else torch.tensor(0.1, device=GPU)
         params, opt = started(lambda params: OPTIMIZERS[name](params, lr=lr, weight_decay=0.1))
         with NoCopies():
             if layerwise:
                 opt.project_gradients([(0, param) for param in params])
-                assert len(opt.lows) == (0 if name == "adamw" else 3)
+                assert len(opt.lows) == (0 if name == "gradnormlorp" or name.startswith("adamw") else 3)
             opt.clip_grad_norm_(1.0)
             opt.step()
         assert launches

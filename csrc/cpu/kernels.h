@@ -55,8 +55,8 @@ struct Kernels {
   // By Transform. The same for a dense tensor, and N goes into the parameter at once. "cautious" finds its moments
   // advanced, since its scale is known only after a first pass.
   void (*step[3])(const Adam<A>&, Source r, A* m, A* v, const Target<A>&, int64_t begin, int64_t end);
-  // U, or its sign, starts at the element `begin` of the target.
-  void (*write)(const Target<A>&, const A* u, bool sign, int64_t begin, int64_t end);
+  // U, or its sign; it holds the elements of the target from `first` on.
+  void (*write)(const Target<A>&, Source u, bool sign, int64_t first, int64_t begin, int64_t end);
   // The largest absolute value; NaN if there is one.
   A (*absmax)(Source, int64_t begin, int64_t end);
   // Of each of `rows` rows, from the element `begin` on: ρ = ‖w‖, ĝ = ⟨g, w⟩/ρ and t = g - (ĝ/ρ)w; of a zero row t = g.
@@ -82,6 +82,7 @@ struct Kernels {
 
 struct Table {
   const char* isa;
+  bool multiplies_bfloat16;  // faster than float32: set by dispatch.cpp
   // Rows [begin, end) of x into codes, by a stream stochastically, without one to nearest.
   void (*encode)(const Coded&, const float* x, const Stream*, int64_t begin, int64_t end);
   void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);

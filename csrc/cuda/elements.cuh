@@ -17,11 +17,11 @@ struct alignas(16) Bytes16 {
 
 SSO_DEVICE bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Bytes16) == 0; }
 
-// The first `count` of eight, the others zero. What alignment and count allow moves in 16 bytes.
+// The first `count` of eight, the others zero. What alignment, count and stride allow moves in 16 bytes.
 template <class S>
-SSO_DEVICE void read(const S* from, int count, float (&x)[kRun]) {
+SSO_DEVICE void read(const S* from, int count, float (&x)[kRun], int64_t stride = 1) {
   constexpr int each = sizeof(Bytes16) / sizeof(S);
-  if (count == kRun && aligned(from)) {
+  if (count == kRun && stride == 1 && aligned(from)) {
 #pragma unroll
     for (int i = 0; i < kRun; i += each) {
       const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
@@ -32,14 +32,14 @@ SSO_DEVICE void read(const S* from, int count, float (&x)[kRun]) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) x[i] = i < count ? widen(from[i]) : 0;
+    for (int i = 0; i < kRun; ++i) x[i] = i < count ? widen(from[i * stride]) : 0;
   }
 }
 
 template <class S>
-SSO_DEVICE void store(S* to, int count, const S (&x)[kRun]) {
+SSO_DEVICE void store(S* to, int count, const S (&x)[kRun], int64_t stride = 1) {
   constexpr int each = sizeof(Bytes16) / sizeof(S);
-  if (count == kRun && aligned(to)) {
+  if (count == kRun && stride == 1 && aligned(to)) {
 #pragma unroll
     for (int i = 0; i < kRun; i += each) {
       Bytes16 bytes;
@@ -49,17 +49,17 @@ SSO_DEVICE void store(S* to, int count, const S (&x)[kRun]) {
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      if (i < count) to[i] = x[i];
+      if (i < count) to[i * stride] = x[i];
     }
   }
 }
 
 template <class S>
-SSO_DEVICE void write(S* to, int count, const float (&x)[kRun]) {
+SSO_DEVICE void write(S* to, int count, const float (&x)[kRun], int64_t stride = 1) {
   S narrowed[kRun];
 #pragma unroll
   for (int i = 0; i < kRun; ++i) narrow(x[i], narrowed[i]);
-  store(to, count, narrowed);
+  store(to, count, narrowed, stride);
 }
 
 // Calls f with a null pointer of the type.
@@ -120,12 +120,10 @@ struct Moments {
   SSO_DEVICE Adam<float> at(const Scalars& s) const { return {beta1, rest1, beta2, rest2, s.slope, s.floor}; }
 };
 
-// R → N; the moments advance unless they have been already. Returns how many elements cautious kept.
+// R → N; the moments advance unless they have been already. Returns how many of the first `count` cautious kept.
 template <bool advance>
-SSO_DEVICE int adam_run(const Adam<float>& h, Transform transform, float* m, float* v, int count, float (&x)[kRun]) {
-  float mean[kRun], square[kRun];
-  read(m, count, mean);
-  read(v, count, square);
+SSO_DEVICE int adam_values(const Adam<float>& h, Transform transform, float (&mean)[kRun], float (&square)[kRun],
+                           int count, float (&x)[kRun]) {
   int kept = 0;
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
@@ -138,6 +136,16 @@ SSO_DEVICE int adam_run(const Adam<float>& h, Transform transform, float* m, flo
       x[i] = keep ? x[i] : 0;
     }
   }
+  return kept;
+}
+
+// Likewise, of moments in memory.
+template <bool advance>
+SSO_DEVICE int adam_run(const Adam<float>& h, Transform transform, float* m, float* v, int count, float (&x)[kRun]) {
+  float mean[kRun], square[kRun];
+  read(m, count, mean);
+  read(v, count, square);
+  const int kept = adam_values<advance>(h, transform, mean, square, count, x);
   if constexpr (advance) {
     store(m, count, mean);
     store(v, count, square);
@@ -181,11 +189,11 @@ struct Writing {
         step(s.step),
         window(window) {}
 
-  // Elements [first, first + count) of W, all of one row of the window.
+  // The elements at w, all of one row of the window; the noise is that of [first, first + count).
   template <class S>
-  SSO_DEVICE void move(S* w, int64_t first, int count, const float (&u)[kRun]) const {
+  SSO_DEVICE void move(S* w, int64_t first, int count, const float (&u)[kRun], int64_t stride = 1) const {
     float x[kRun];
-    read(w + first, count, x);
+    read(w, count, x, stride);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) x[i] = decay * x[i] + factor * (sign ? sso::sign(u[i]) : u[i]);
     if constexpr (std::is_same_v<S, Bfloat16>) {
@@ -197,10 +205,10 @@ struct Writing {
         for (int i = 0; i < kRun; ++i) {
           narrow(x[i], static_cast<uint16_t>(i % 2 ? random[i / 2] >> 16 : random[i / 2]), rounded[i]);
         }
-        return store(w + first, count, rounded);
+        return store(w, count, rounded, stride);
       }
     }
-    write(w + first, count, x);
+    write(w, count, x, stride);
   }
 };
 

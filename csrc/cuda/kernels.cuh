@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
     if (how.write) {
       const Writing writing(scalars, how.counted, how.sign, how.stochastic, group.seed[blockIdx.y], how.window);
       with_type(how.out, [&](auto* null) {
-        writing.move(static_cast<decltype(null)>(group.out[blockIdx.y]), first, count, x);
+        writing.move(static_cast<decltype(null)>(group.out[blockIdx.y]) + first, first, count, x);
       });
     }
   }
@@ -153,7 +153,7 @@ SSO_DEVICE void write_columns(const Accumulators& c, int slices, T* stages, T* w
   for (int q = 0; q < slices; ++q) {
     over_runs<left>(c, q, stages, line, column, s.lines, s.depth,
                     [&](const float(&x)[kRun], int, int, int64_t first, int count) {
-                      if (count > 0) writing.move(w, first, count, x);
+                      if (count > 0) writing.move(w + first, first, count, x);
                     });
   }
 }

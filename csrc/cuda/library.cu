@@ -5,18 +5,18 @@
 // and seeds. The tensors of a row have one shape and lie on the device; the table itself is read before the return.
 #include <algorithm>
 
-#include "kernels.cuh"
+#include "codes.cuh"
 
 #define SSO_API extern "C" __attribute__((visibility("default"))) int
 
 namespace sso {
 namespace {
 
-// Calls f(group, number of its members, place of the first) until an error.
+// Calls f(number of the members of a group, place of the first) until an error.
 template <class F>
-int over_groups(int64_t count, const F& f) {
-  for (int64_t first = 0; first < count; first += kGroup) {
-    const int error = f(static_cast<int>(std::min<int64_t>(kGroup, count - first)), first);
+int over_groups(int64_t count, const F& f, int64_t most = kGroup) {
+  for (int64_t first = 0; first < count; first += most) {
+    const int error = f(static_cast<int>(std::min<int64_t>(most, count - first)), first);
     if (error != 0) return error;
   }
   return 0;
@@ -34,6 +34,30 @@ Group group_of(const uint64_t* table, int64_t count, int members, int64_t first)
     group.seed[i] = row[5 * count + i];
   }
   return group;
+}
+
+CodedGroup coded_group_of(const uint64_t* table, int64_t count, int members, int64_t first) {
+  CodedGroup group{};
+  const uint64_t* row = table + first;
+  const auto kept = [&](int column) {
+    return Kept{reinterpret_cast<uint8_t*>(row[column * count]), reinterpret_cast<float*>(row[(column + 2) * count])};
+  };
+  for (int i = 0; i < members; ++i, ++row) {
+    group.out[i] = reinterpret_cast<void*>(row[0]);
+    group.in[i] = reinterpret_cast<const void*>(row[count]);
+    group.m[i] = kept(2);
+    group.v[i] = kept(3);
+    group.seed[i] = row[6 * count];
+    group.of_m[i] = row[7 * count];
+    group.of_v[i] = row[8 * count];
+  }
+  return group;
+}
+
+Layout layout(int64_t rows, int64_t length, int columns, int packed) {
+  int width = 1;
+  while (width < kScaled / kRun && width * kRun < length) width *= 2;
+  return {rows, length, columns != 0, packed != 0, width};
 }
 
 dim3 grid(int64_t blocks, int members) { return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(members)); }
@@ -166,6 +190,47 @@ SSO_API sso_fused(int64_t count, const uint64_t* table, int left, int lines, int
                     Window{origin, columns, pitch}, static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
     });
   });
+}
+
+// x (rows, length), or its transpose where `columns`, to codes and scales; `values`: of the table. To nearest, or by the
+// stream (seed, step) from `begin` on. What is packed has two codes to a byte.
+SSO_API sso_encode(const void* x, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
+                   int64_t length, int columns, int packed, int stochastic, uint64_t seed, const void* step,
+                   int64_t begin, void* stream) {
+  const Layout l = layout(rows, length, columns, packed);
+  if (l.tiles() == 0) return 0;
+  return launch(encode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, x, static_cast<Type>(type),
+                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
+                Values{static_cast<const float*>(table), values}, stochastic != 0, seed,
+                static_cast<const float*>(step), begin);
+}
+
+SSO_API sso_decode(void* out, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
+                   int64_t length, int columns, int packed, void* stream) {
+  const Layout l = layout(rows, length, columns, packed);
+  if (l.tiles() == 0) return 0;
+  return launch(decode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, out, static_cast<Type>(type),
+                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
+                Values{static_cast<const float*>(table), values});
+}
+
+// See CodedHow. The table is of nine rows: the addresses of outputs, inputs, codes of the first and of the second
+// moments, scales of the first and of the second ones; seeds of the outputs, of the first and of the second moments.
+SSO_API sso_coded(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed,
+                  const void* signs, int sign_values, const void* squares, int square_values, int64_t begin, int in,
+                  int out, int counts, int write, double beta1, double beta2, int transform, int64_t counted,
+                  int stochastic, void* scalars, void* stream) {
+  const Layout l = layout(rows, length, columns, packed);
+  if (l.tiles() == 0) return 0;
+  const CodedHow how{static_cast<Type>(in), static_cast<Type>(out), counts != 0, write != 0, stochastic != 0, counted,
+                     begin};
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(coded, grid(l.tiles(), members), kThreads, 2 * sizeof(Shared), stream,
+                  coded_group_of(table, count, members, first), how, l,
+                  Values{static_cast<const float*>(signs), sign_values},
+                  Values{static_cast<const float*>(squares), square_values}, moments(beta1, beta2, transform),
+                  static_cast<Scalars*>(scalars) + first);
+  }, kCodedGroup);
 }
 
 // The most shared memory that a block of any kernel asks for, in bytes, if `fused` takes ranks up to this.

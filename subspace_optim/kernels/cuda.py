@@ -5,8 +5,10 @@
     fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
     project   larger ranks, first half: R, in whose epilogue the moments advance
     apply     larger ranks, second half: back(N), in whose epilogue W is written
+    coded     dense, or R that is there already, on moments kept as codes: decoded, advanced, coded again and W or N
+              written in one pass; encode and decode are of one tensor
 
-Sixty-four tensors share a launch. Nothing here waits for the device, and a step can be captured in a CUDA graph.
+Up to sixty-four tensors share a launch. Nothing here waits for the device, and a step can be captured in a CUDA graph.
 
 Products are of float32 with float32 accuracy, and of 16-bit gradients on the matrix units with basis and N rounded as
 the gradient was (0.2 % of an update's norm in bfloat16). Projections on both sides are made of two such products, the
@@ -29,13 +31,14 @@ from torch import Tensor
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode, encode_, transform_
+from .reference import back, transform_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
     "coded_adam_",
+    "coded_adam_update_",
     "decode",
     "encode_",
     "grad_max",
@@ -49,7 +52,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in c
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
 
 _WORKSPACE = 2**27  # bytes of updates and rounded bases: a larger bucket is stepped in parts
-_LETTERS = {"i": c_int, "l": c_int64, "d": c_double, "p": c_void_p}
+_LETTERS = {"i": c_int, "l": c_int64, "u": c_uint64, "d": c_double, "p": c_void_p}
 _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` there is the stream
     "usable": "",
     "scalars_bytes": "",
@@ -61,6 +64,9 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "project": "lpiiiiiiiddipp",
     "apply": "lpiiiiiliilllpp",
     "fused": "lpiiiiiddiilllpp",
+    "encode": "pipppilliiiuplp",
+    "decode": "pipppilliip",
+    "coded": "lplliipipiliiiiddilipp",
 }
 
 
@@ -156,9 +162,16 @@ def _table(
     seeds: Sequence[int] = (),
 ) -> Array[c_uint64]:
     columns = (out, inputs, adam.exp_avgs, adam.exp_avg_sqs, bases)
-    rows = [[tensor.data_ptr() for tensor in column] or [0] * len(out) for column in columns]
-    values = tuple(chain(*rows, seeds or [0] * len(out)))
+    return _numbers(*(_addresses(column) or [0] * len(out) for column in columns), seeds or [0] * len(out))
+
+
+def _numbers(*rows: Sequence[int]) -> Array[c_uint64]:
+    values = tuple(chain(*rows))
     return (c_uint64 * len(values))(*values)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _prepared(
@@ -174,7 +187,7 @@ def _prepared(
     """Scalars (csrc/cuda/elements.cuh) of each tensor; with betas, the steps advance."""
     count, device = len(steps), steps[0].device
     scalars = torch.empty(count * _library().sso_scalars_bytes(), dtype=torch.uint8, device=device)
-    addresses = (c_uint64 * count)(*(step.data_ptr() for step in steps))
+    addresses = _numbers(_addresses(steps))
     rate = lr if lr is None or lr.dtype in (torch.float32, torch.float64) else lr.double()
     rates: Array[c_double] | None = None
     where: tuple[int | None, bool, int] = (None, False, 0)
@@ -306,7 +319,7 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     count, device = len(grads), grads[0].device
     dense = [grad.contiguous() for grad in grads]
     out = torch.zeros(count, dtype=torch.float64, device=device)
-    addresses = (c_uint64 * count)(*(grad.data_ptr() for grad in dense))
+    addresses = _numbers(_addresses(dense))
     sizes = (c_int64 * count)(*(grad.numel() for grad in dense))
     _launch("grad_max", device, count, addresses, sizes, TYPES.index(grads[0].dtype), out.data_ptr())
     return out
@@ -464,4 +477,129 @@ def _step(
             *("fused", device, count, _table(params, grads, adam, bases, seeds)),
             *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, len(seeds) > 0),
             *(*window, scalars.data_ptr()),
+        )
+
+
+# ---- moments in codes -----------------------------------------------------------------------------------------------
+
+
+def _layout(like: Tensor, table: Tensor, axis: int) -> tuple[int, int, bool, bool]:
+    """rows, length, columns, packed: how blocks lie in a tensor."""
+    return like.numel() // like.shape[axis], like.shape[axis], axis == -2, len(table) <= 16
+
+
+def encode_(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    axis: int,
+    seed: int | None,
+    step: Tensor,
+    begin: int = 0,
+) -> None:
+    """See the reference, whose bits these are."""
+    x = (x if x.dtype in TYPES else x.float()).contiguous()
+    count = step.to(torch.float32)
+    _launch(
+        *("encode", x.device, x.data_ptr(), TYPES.index(x.dtype), codes.data_ptr(), scales.data_ptr()),
+        *(table.data_ptr(), len(table), *_layout(x, table, axis), seed is not None, seed or 0, count.data_ptr(), begin),
+    )
+
+
+def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+    """See the reference, whose bits these are."""
+    shape = list(codes.shape)
+    shape[axis] = length
+    out = torch.empty(shape, dtype=dtype if dtype in TYPES else torch.float32, device=codes.device)
+    _launch(
+        *("decode", out.device, out.data_ptr(), TYPES.index(out.dtype), codes.data_ptr(), scales.data_ptr()),
+        *(table.data_ptr(), len(table), *_layout(out, table, axis)),
+    )
+    return out.to(dtype)
+
+
+def coded_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    transform: str,
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> None:
+    """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
+    own, adam = (codes, scales, tables, streams, axis, begin), (beta1, beta2, eps)
+    if not _fits(params, grads, steps) or not _are_float32(steps):
+        rates = (lr, *adam, weight_decay, scale)
+        reference.coded_adam_(params, grads, *own, steps, seeds, *rates, transform, eps_inside, finite)
+        return
+    torch.autograd.graph.increment_version(params)
+    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps, eps_inside, finite)
+    _step_coded(params, grads, *own, scalars, beta1, beta2, transform, seeds, write=True)
+
+
+def coded_adam_update_(
+    lows: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """N as coded_adam_ would apply it."""
+    lows = [low.contiguous() for low in lows]
+    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
+    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
+    _step_coded(out, lows, codes, scales, tables, streams, axis, begin, scalars, beta1, beta2, transform)
+    return list(out)
+
+
+def _step_coded(
+    out: Sequence[Tensor],
+    source: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    scalars: Tensor,
+    beta1: float,
+    beta2: float,
+    transform: str,
+    seeds: Sequence[int] = (),
+    write: bool = False,
+) -> None:
+    """W into `out` where it is to be written, otherwise N; cautious counts in a launch of its own."""
+    count = len(out)
+    numbers = _numbers(*map(_addresses, (out, source, codes, scales)), seeds or [0] * count, streams)
+    kinds = (TYPES.index(source[0].dtype), TYPES.index(out[0].dtype))
+    first, second = ((table.data_ptr(), len(table)) for table in tables)
+    cautious = transform == "cautious"
+    for counts in (True, False) if cautious else (False,):
+        _launch(
+            *("coded", out[0].device, count, numbers, *_layout(out[0], tables[0], axis), *first, *second, begin),
+            *(*kinds, counts, write, beta1, beta2, TRANSFORMS.index(transform), out[0].numel() if cautious else 0),
+            *(len(seeds) > 0, scalars.data_ptr()),
         )

@@ -244,13 +244,19 @@ def coded_adam_(
     scale: float,
     transform: str,
     eps_inside: bool = False,
+    finite: Tensor | None = None,
 ) -> None:
     """The whole step of Adam without a projection, on moments that are kept as codes: no more than a chunk is decoded.
 
     Moments come flat, the first ones of all tensors before the second ones, as codes, scales and seeds (`streams`);
     `tables` are those of the two. `axis` and `begin` are those of encode_, W begins where its moments do, and
-    everything else is as for projected_adam_.
+    everything else is as for projected_adam_. A module may have `coded_adam_update_` beside it, which returns N as
+    adam_update_ does.
     """
+    if finite is not None:
+        columns = (params, grads, codes, scales, streams, steps, seeds)
+        params, grads, codes, scales, streams, steps, seeds = taken(finite, *columns)
+        lr = lr[finite.to(lr.device)] if lr.ndim else lr
     rates = lr.double().expand(len(params)).tolist()
     for i, (param, grad, rate) in enumerate(zip(params, grads, rates, strict=True)):
         whole = param.contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -92,6 +92,8 @@ class GradNormLoRP(SubspaceOptimizer):
 @dataclass(frozen=True)
 class _OfficialWeightNormAdam(WeightNormAdam):
     """The published code: a copy v of W takes GaLore's steps, W = (‖v‖ + Δg)·v'/‖v'‖, and Δg is forgotten at once."""
+
+    skips: ClassVar[bool] = False
 
     def init(self, plan: Plan) -> State:
         return super().init(plan) | {"direction": torch.zeros(plan.matrix, dtype=plan.state_dtype, device=plan.device)}
