@@ -33,6 +33,7 @@ from training import FIVE as BY_NAME
 import subspace_optim as so
 from subspace_optim.integrations.ddp import ProjectedState
 from subspace_optim.integrations.fsdp import projected_allreduce
+from subspace_optim.projectors import exact_products
 
 GAP, RANK, STEPS, MOST = 3, 2, 8, 4
 LIMIT = 400  # seconds; ranks of a larger world wait for the smaller ones
@@ -337,9 +338,10 @@ ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns"), 4: ("both",
 
 
 def rounded(name, mesh=None, layout=()):
-    """Where bfloat16 weights end, a refresh in between."""
+    """Where bfloat16 weights end, a refresh in between; products of bfloat16 would round each shard's share of R."""
     params = net(mesh, layout, torch.bfloat16)
-    train(params, build(name, params), range(GAP + 2))
+    with exact_products():
+        train(params, build(name, params), range(GAP + 2))
     return whole(params)
 
 
