@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from .philox import ALL, Window, stochastic_round_
 
 STACK = -1  # the axis along which the matrices of a stack lie; rows are axis 0, columns axis 1
 Axes = tuple[int | None, ...]  # which axis of the matrix every dimension of a tensor carries; None for one of its own
+CONTRACTED: dict[Any, tuple[int, ...]] = {None: (), "left": (0,), "right": (1,), "both": (0, 1)}  # axes, by side
 
 
 def is_sharded(value: Any) -> bool:
@@ -46,6 +47,37 @@ def settled_grad(param: Tensor) -> Tensor:
     if is_sharded(param) and grad.placements != (placements := param.placements):  # type: ignore[attr-defined]
         param.grad = grad = grad.redistribute(placements=placements)
     return local(grad)
+
+
+def is_cut_once(weight: Any) -> bool:
+    """Whether a DTensor is one of a linear layer under tensor parallelism alone: cut along one of its dimensions."""
+    return [str(placement) for placement in weight.placements] in (["S(0)"], ["S(1)"])
+
+
+def linear_over_shards(product: Callable[[Tensor, Tensor], Tensor], x: Any, weight: Any) -> Any:
+    """The DTensor y = xWᵀ from the products of shards.
+
+    Of rows of W (ColwiseParallel) a rank makes columns of y from all of x; of columns (RowwiseParallel) it makes a
+    partial sum from its columns of x.
+
+    Args:
+        product: of what is here of x and of W; its x has a gradient.
+        x: the input.
+        weight: W, which `is_cut_once`.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    columns = Shard(x.ndim - 1)
+    by_rows = weight.placements[0].dim == 0
+    taken, grad, made = (Replicate(), Partial(), columns) if by_rows else (columns, columns, Partial())
+    own = x.redistribute(placements=[taken]).to_local(grad_placements=[grad])
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    return DTensor.from_local(
+        *(product(own, weight.to_local()), weight.device_mesh, [made]),
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def flattened_by(tensor: Tensor) -> str | None:
@@ -373,8 +405,6 @@ def _reduced(tensors: list[Tensor], mesh: Any, cuts: Sequence[int], op: Any) -> 
 class Sharded:
     """The kernels of a module for the shards of a tensor: the same functions, with the reductions that shards need."""
 
-    _CONTRACTED: ClassVar[dict[Any, tuple[int, ...]]] = {None: (), "left": (0,), "right": (1,), "both": (0, 1)}
-
     def __init__(self, kernel: Any, sharding: Sharding) -> None:
         self._kernel, self._sharding = kernel, sharding
         # These work on every element, or every row of the low-rank space, by itself.
@@ -389,7 +419,7 @@ class Sharded:
     def project(self, grads: list[Tensor], bases: list[Tensor], side: Any, dtype: torch.dtype) -> list[Tensor]:
         """R, summed over the shards of the contracted dimension: one collective for all of the list."""
         lows = self._kernel.project(grads, bases, side, dtype)
-        return self._sharding.sum(lows, *self._CONTRACTED[side]) if side else lows
+        return self._sharding.sum(lows, *CONTRACTED[side]) if side else lows
 
     def transform_(self, updates: list[Tensor], lows: list[Tensor], transform: str) -> None:
         """As the reference; the share of elements that "cautious" keeps is that of the whole tensor."""
@@ -476,7 +506,7 @@ class Sharded:
         finite: Tensor | None = None,
     ) -> None:
         """The fused kernel where nothing is to be reduced, otherwise its three pieces."""
-        reduced = side is not None and self._sharding.cuts(*self._CONTRACTED[side])
+        reduced = side is not None and self._sharding.cuts(*CONTRACTED[side])
         if not reduced and transform != "cautious":
             with self._rounded(params, steps, seeds) as (own, kept, window):
                 self._kernel.projected_adam_(

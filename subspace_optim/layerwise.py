@@ -6,6 +6,7 @@ Two strengths, and one step that is the engine's in both:
              right  R = Dᵀ(xQ), xQ (tokens, r) kept in the place of x (tokens, n)
              left   R = (DP)ᵀx
              both   R = (DP)ᵀ(xQ)
+           under tensor parallelism on what a rank has of x, W and D, R being summed where it sums over their cut
 A tensor whose basis is due for renewal in the coming step keeps its whole gradient for that step.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as dense_linear
 
-from .distributed import check_replicas, is_sharded, settled_grad
+from .distributed import CONTRACTED, check_replicas, is_cut_once, is_sharded, linear_over_shards, settled_grad
 from .engine import SubspaceOptimizer
 from .types import Plan, Side
 
@@ -91,7 +92,8 @@ def project_in_backward(
         A handle with `remove()`, also a context manager.
 
     Raises:
-        TypeError: an argument is of a type that cannot be served; with linear=True also the weights of sharded layers.
+        TypeError: an argument is of a type that cannot be served; with linear=True also weights that are sharded
+            otherwise than by tensor parallelism alone.
         ValueError: the method needs whole gradients at every step (Flora, Online Subspace Descent, GradNormLoRP,
             APOLLO), or the optimizer projects none of the tensors.
         RuntimeError: the optimizer is served already, or a tensor has a post-accumulate hook.
@@ -128,12 +130,18 @@ def project_in_backward(
 
     layers: list[Any] = []  # an attribute that replaces a method has no type
     module: Any
+    managed = _fully_sharded(model) if linear and isinstance(model, nn.Module) else set()
     for module in model.modules() if linear and isinstance(model, nn.Module) else ():
         if getattr(module.forward, "__func__", None) is nn.Linear.forward and module.weight in chosen:
-            if is_sharded(module.weight):
+            if module.weight in managed:
                 raise TypeError(
-                    f"linear=True: {chosen[module.weight]} is a DTensor, whose layer computes with more than is kept "
-                    "here of it; leave linear out, and its gradient is projected once it has been reduced"
+                    f"linear=True: {chosen[module.weight]} is sharded by fully_shard, whose layer computes with more "
+                    "than is kept here of it; leave linear out, and its gradient is projected once it has been reduced"
+                )
+            if is_sharded(module.weight) and not is_cut_once(module.weight):
+                raise TypeError(
+                    f"linear=True: {chosen[module.weight]} has the placements {module.weight.placements}; leave linear "
+                    "out, which serves what one mesh dimension cuts, as parallelize_module does"
                 )
             layers.append(module)
 
@@ -150,6 +158,15 @@ def project_in_backward(
         (handle.linear if param in replaced else handle.hooked).append(name)
     opt.in_backward = "early" if early else "exact"
     return handle
+
+
+def _fully_sharded(model: nn.Module) -> set[Tensor]:
+    """The parameters that fully_shard has replaced."""
+    if not any(map(is_sharded, model.parameters())):
+        return set()
+    from torch.distributed.fsdp import FSDPModule
+
+    return {param for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
 
 
 def _project(opt: SubspaceOptimizer, index: int, name: str, early: bool, param: Tensor) -> None:
@@ -253,8 +270,12 @@ class _Linear:
             x = x.to(torch.get_autocast_dtype(device))
             shift = None if bias is None else bias.to(x.dtype)
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            arguments = (x, weight.detach(), shift, self._stand_in(plan), self, plan)
-            return _ProjectedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+            rest = (self._stand_in(plan), self, plan)
+            apply: Callable[..., Tensor] = _ProjectedLinear.apply
+            if is_sharded(weight):
+                y = linear_over_shards(lambda own, shard: apply(own, shard, None, *rest), x, weight.detach())
+                return y if shift is None else y + shift
+            return apply(x, weight.detach(), shift, *rest)
 
     def _stand_in(self, plan: Plan) -> Tensor:
         """A leaf of R's shape and no memory, whose gradient is R; autograd sums it over calls and hands it over."""
@@ -297,5 +318,5 @@ class _ProjectedLinear(torch.autograd.Function):
             outer = rows.sum(0) if ctx.needs_input_grad[2] else None
             if ctx.plan.side != "right":
                 rows = rows @ ctx.layer.basis(ctx.plan, "left", grad.dtype)
-            low = rows.mT @ kept
+            (low,) = ctx.plan.sharding.sum([rows.mT @ kept], *CONTRACTED[ctx.plan.side])
         return inner, None, outer, low, None, None

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -33,6 +33,7 @@ from training import FIVE as BY_NAME
 import subspace_optim as so
 from subspace_optim.integrations.ddp import ProjectedState
 from subspace_optim.integrations.fsdp import projected_allreduce
+from subspace_optim.projectors import exact_products
 
 GAP, RANK, STEPS, MOST = 3, 2, 8, 4
 LIMIT = 400  # seconds; ranks of a larger world wait for the smaller ones
@@ -333,13 +334,14 @@ def half_precision(mesh, layout):
     return everyone
 
 
-ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
+ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns"), 4: ("both",)}  # world size, meshes
 
 
 def rounded(name, mesh=None, layout=()):
-    """Where bfloat16 weights end."""
+    """Where bfloat16 weights end, a refresh in between; products of bfloat16 would round each shard's share of R."""
     params = net(mesh, layout, torch.bfloat16)
-    train(params, build(name, params), range(STEPS))
+    with exact_products():
+        train(params, build(name, params), range(GAP + 2))
     return whole(params)
 
 
@@ -449,6 +451,8 @@ def refusals(meshes):
     sharded = fully_sharded(mlp())
     opt = optimizer("galore", sharded)
     attempt("linear", lambda: so.project_in_backward(sharded, opt, linear=True))
+    copies = distribute_module(mlp(), mesh)
+    attempt("copies", lambda: so.project_in_backward(copies, optimizer("galore", copies), linear=True))
     attempt("average", lambda: so.average_gradients(opt))
     attempt("blocks", so.GaLore([("table", table)], rank=None, state_bits=8).step)
     return said
@@ -520,15 +524,30 @@ def in_backward(early, wrap=lambda model: model, **arguments):
     return accumulated(model, opt, **arguments)
 
 
+def over_tensors(model):
+    return parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
+
+
+def linear_in_backward(side, wrap=lambda model: model):
+    """Where weights end whose layers form R, and how many gradients of the first two there have been."""
+    model, formed = wrap(mlp()), []
+    opt = so.GaLore(model.named_parameters(), lr=0.02, rank=2, update_proj_gap=3, proj_type=side)
+    so.project_in_backward(model, opt, linear=True)
+    for layer in (model[0], model[2]):
+        layer.weight.register_hook(formed.append)
+    return accumulated(model, opt)[0], len(formed)
+
+
+LINEAR = ("std", "right", "left", "full")
+
+
 def shards_in_backward():
     """Gradients of shards projected as soon as there are any, under FSDP2 and tensor parallelism."""
     rank, ends = dist.get_rank(), {}
     for early in (False, True):
         ends["fsdp", early] = in_backward(early, fully_sharded, part=rank, parts=2)
-        ends["tensor", early] = in_backward(
-            early, lambda model: parallelize_module(model, init_device_mesh("cpu", (2,)), PLAN)
-        )
-    return ends
+        ends["tensor", early] = in_backward(early, over_tensors)
+    return ends | {("linear", side): linear_in_backward(side, over_tensors) for side in LINEAR}
 
 
 def replicas_in_backward(grid):

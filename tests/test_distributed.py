@@ -169,10 +169,10 @@ def test_copies_of_bfloat16_shards_agree(results, name):
 
 @pytest.mark.parametrize("name", sharded.FIVE)
 def test_bfloat16_shards_are_rounded_as_the_whole(results, name):
-    """By the same random bits, across refreshes.
+    """By the same random bits, across a refresh.
 
     A sum that a shard takes in another order differs in float32 by 1e-6, and by that over 2⁻⁸, its chance to be rounded
-    to the other neighbour: 8 steps of the 120 elements of a tensor come to 0.2 that differ. Other bits differ in most.
+    to the other neighbour: 5 steps of the 120 elements of a tensor come to 0.2 that differ. Other bits differ in most.
     Neighbours of weights below 4 are 2⁻⁶ apart.
     """
     for world, meshes in sharded.ROUNDED.items():
@@ -208,7 +208,7 @@ def one_of_four(request):
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (7, 9), (2, 24), (6, 5, 4)], ids=str)
-@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 0), (1, 1), (0, None), (None, 1)], ids=str)
+@pytest.mark.parametrize("dims", [(0, 0), (0, 1), (1, 1), (0, None)], ids=str)
 def test_a_window_names_the_elements_of_a_shard(one_of_four, shape, dims):
     numbers = torch.arange(math.prod(shape)).view(shape)
     cuts = [Replicate() if dim is None else Shard(dim) for dim in dims]
@@ -269,6 +269,15 @@ def test_gradients_of_shards_are_projected_within_backward(results, kind, early)
     assert_close(ends, sharded.in_backward(early)[0] if early else in_one_process())
     if kind == "fsdp":  # of six, four and two rows; R of the last two layers is of all rows
         assert max(held) == (62 if early else 122) and min(held) == 6 * 2 + 2 * 12 + 2 * 7 + 12
+
+
+@pytest.mark.parametrize("side", sharded.LINEAR)
+def test_linear_layers_over_tensor_parallelism_form_r_alone(results, side):
+    """Rows and columns of W, on every side; whole gradients exist where a basis is due, as in one process."""
+    ends, formed = results["2"]["backward"]["linear", side]
+    wanted, whole = sharded.linear_in_backward(side)
+    assert_close(ends, wanted)
+    assert formed == whole < 2 * 14
 
 
 def test_groups_of_shards_average_what_was_projected_within_backward(results):
@@ -344,7 +353,8 @@ def test_groups_of_shards_are_refused_with_the_mend(results, what, message):
     [
         ("flat", "GaLore: FSDP1 has flattened every parameter.*fully_shard.*ZeroRedundancyOptimizer.*use_orig_params"),
         ("cut", "conv is cut along dimension 1 into 2 parts.*shard it along dimension 0"),
-        ("linear", "linear=True: 0.weight is a DTensor, .* leave linear out"),
+        ("linear", "linear=True: 0.weight is sharded by fully_shard, .* leave linear out"),
+        ("copies", r"linear=True: 0.weight has the placements \(Replicate\(\),\); leave linear out"),
         ("average", r"average_gradients: 0.weight lies on .* holds ranks \[1\] of it"),
         ("blocks", "table is cut along its last dimension.*state_bits=8.*state_bits=32"),
     ],
