@@ -19,8 +19,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspace_optim as so
+from subspace_optim.pretrain.machine import peak_bytes
 
-from .run import BASELINE, MODELS, NEVER, machine, peak_bytes, timed
+from .arms import BASELINE, MODELS, NEVER
+from .measures import machine, timed
 
 PATHS = {  # proj_type, and how project_in_backward is called
     "galore": ("std", None),

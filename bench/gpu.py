@@ -1,6 +1,6 @@
 """A step on a GPU beside torch's AdamW: time, launches, and the distance to what bandwidth and arithmetic allow.
 
-Run `bench/gpu.sh`, or this alone: `python bench/gpu.py [--sizes 60m 1b] [--rounds 20]`. Arms take turns (A B A B) and
+Run `bench/gpu.sh`, or this alone: `python -m bench.gpu [--sizes 60m 1b] [--rounds 20]`. Arms take turns (A B A B) and
 are timed by CUDA events; what is printed is medians, and ratios within the run. Nothing is timed before parity with
 the reference holds.
 """
@@ -8,14 +8,9 @@ the reference holds.
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,15 +18,19 @@ import torch
 import subspace_optim as so
 from subspace_optim.kernels import reference, select
 
+from . import limits
+from .arms import LR, MODELS, NEVER, built, peers
+from .measures import machine
+
 GPU = torch.device("cuda")
-SIZES = {"60m": (512, 1376, 8), "1b": (2048, 5461, 24)}  # hidden, intermediate, layers of LLaMA as GaLore has it
 RANKS = {"60m": (128, 256), "1b": (256, 512, 1024)}
-LR = 1e-4
+FUSED = "torch fused, bf16 state"
+PEERS_AT = "60m"  # beyond it the first refresh alone takes them minutes
 
 
 def shapes(size):
     """The projected matrices: q, k, v, o, gate, up, down of every layer."""
-    hidden, wide, layers = SIZES[size]
+    hidden, wide, layers, *_ = MODELS[size]
     return ([(hidden, hidden)] * 4 + [(wide, hidden)] * 2 + [(hidden, wide)]) * layers
 
 
@@ -61,13 +60,13 @@ def parity(backend):
 
 
 def ceilings():
-    """Measured bytes a second of a device copy, and bf16 FLOP a second of a matrix product."""
+    """Of a device copy, and of a matrix product in bfloat16."""
     source = torch.randn(2**28, device=GPU)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=GPU).bfloat16() for _ in range(2))
     copy = timed({"copy": lambda: target.copy_(source)}, 20)["copy"]
     product = timed({"product": lambda: a @ b}, 20)["product"]
-    return 2 * source.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3
+    return limits.Machine(2 * source.nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
 
 
 def timed(arms, rounds):
@@ -93,16 +92,6 @@ def launches(step):
         step()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def limit(size, rank, bandwidth, rate):
-    """Milliseconds below which no step can be: G and Q read once, W, M and V read and written once, every FLOP."""
-    moved = flop = 0
-    for m, n in shapes(size):
-        small, large = min(m, n), max(m, n)
-        moved += 6 * m * n + 16 * large * rank + 4 * small * rank
-        flop += 4 * m * n * rank
-    return max(moved / bandwidth, flop / rate) * 1e3
 
 
 def bare(optimizer):
@@ -139,59 +128,63 @@ def captured(optimizer):
     return graph.replay
 
 
-def optimizers(size, params, backends):
-    """Every arm by name, as a call that takes one step."""
-    yield "torch fused, bf16 state", torch.optim.AdamW(params, lr=LR, fused=True).step
-    yield "torch foreach, bf16 state", torch.optim.AdamW(params, lr=LR, foreach=True).step
+def arms(size, params, backends):
+    """Every arm by name: a call that takes one step, what it computes and at what rank, and the bits of its moments."""
+    yield FUSED, torch.optim.AdamW(params, lr=LR, fused=True).step, "adamw", 0, None
+    yield "torch foreach, bf16 state", torch.optim.AdamW(params, lr=LR, foreach=True).step, "adamw", 0, None
     for backend in backends:
         dense = so.SubspaceOptimizer(params, lr=LR, backend=backend)
-        yield f"ours dense, fp32 state, {backend}", dense.step
+        yield f"ours dense, fp32 state, {backend}", dense.step, "adamw", 0, 32
     for rank in RANKS[size]:
-        projector = so.RandomProjection(rank, update_proj_gap=10**9)  # an ordinary step: never a refresh but the first
+        projector = so.RandomProjection(rank, update_proj_gap=NEVER)  # an ordinary step: never a refresh but the first
         for backend in (*backends, "reference"):
             opt = so.SubspaceOptimizer(params, projector, lr=LR, backend=backend)
             opt.step()
-            yield f"rank {rank} {backend}", opt.step
+            yield f"rank {rank} {backend}", opt.step, "galore", rank, 32
             if backend != "reference":
-                yield f"rank {rank} {backend}, graph of its kernels", bare(opt)
+                yield f"rank {rank} {backend}, graph of its kernels", bare(opt), "galore", rank, 32
     rank, backend = RANKS[size][0], backends[0]
-    rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=10**9, lr=LR, backend=backend, stagger=False)
+    rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=NEVER, lr=LR, backend=backend, stagger=False)
     rows.step()
-    yield f"rank {rank} {backend}, GradNormLoRP", rows.step
+    yield f"rank {rank} {backend}, GradNormLoRP", rows.step, "gradnormlorp", rank, 32
     for bits in (32, 8):  # with kept bases, as GaLore has them
-        kept = so.SVD(rank, update_proj_gap=10**9)
+        kept = so.SVD(rank, update_proj_gap=NEVER)
         opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)
         opt.step()
-        yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step
-        yield f"rank {rank} {backend}, SVD, {bits} bits, graph of a step", captured(opt)
+        yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step, "galore", rank, bits
+        yield f"rank {rank} {backend}, SVD, {bits} bits, graph of a step", captured(opt), "galore", rank, bits
+    if size == PEERS_AT:
+        others = peers()
+        for name, opt in built(others, (params, [], rank)):
+            yield name, opt.step, others[name].method, rank, others[name].bits
 
 
-def measure(size, backends, rounds, bandwidth, rate):
+def measure(size, backends, rounds, able):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, device=GPU).mul_(0.02).bfloat16()) for s in shapes(size)]
     for param in params:
         param.grad = torch.randn(param.shape, device=GPU).mul_(1e-3).bfloat16()
-    arms = dict(optimizers(size, params, backends))
-    medians = timed(arms, rounds)
-    count = sum(p.numel() for p in params)
+    steps, counted = {}, {}
+    for name, step, method, rank, bits in arms(size, params, backends):
+        steps[name] = step
+        counted[name] = limits.work(method, shapes(size), [], rank, 2, bits)
+    medians = timed(steps, rounds)
     rows = []
     for name, median in medians.items():
-        row = {"size": size, "arm": name, "ms": median, "launches": launches(arms[name])}
-        row["to_fused"] = median / medians["torch fused, bf16 state"]
+        row = {"size": size, "arm": name, "ms": median, "launches": launches(steps[name])}
+        row["to_fused"] = median / medians[FUSED]
         row["to_dense_fp32"] = median / medians[f"ours dense, fp32 state, {backends[0]}"]
-        if name.startswith("rank"):
-            row["to_limit"] = median / limit(size, int(name.split()[1]), bandwidth, rate)
-        else:
-            row["to_limit"] = median / ((22 if "ours" in name else 14) * count / bandwidth * 1e3)
+        row |= able.milliseconds(counted[name])
+        row["to_limit"] = median / max(row["bytes_ms"], row["flops_ms"])
         rows.append(row)
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(RANKS), choices=RANKS)
     parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     reasons = {name: select.IMPLS[name](None) for name in ("cuda", "triton")}
     checked = {name: parity(name) for name, why in reasons.items() if why is None}
     backends = [name for name, (_, holds) in checked.items() if holds]
@@ -199,36 +192,28 @@ def main():
         print(f"{name}: {why or ('parity holds' if name in backends else 'parity fails')}")
     if not backends:
         sys.exit("no backend to time")
-    bandwidth, rate = ceilings()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    able = ceilings()
+    print(f"copy {able.bandwidth / 1e12:.2f} TB/s, bf16 product {able.rate / 1e12:.0f} TFLOP/s")
     rows = []
     print(f"{'size':5}{'arm':44}{'ms':>9}{'/fused':>8}{'/dense':>8}{'/limit':>8}{'launches':>9}")
     for size in options.sizes:
-        for row in measure(size, backends, options.rounds, bandwidth, rate):
+        for row in measure(size, backends, options.rounds, able):
             rows.append(row)
             ratios = "".join(f"{row[key]:8.2f}" for key in ("to_fused", "to_dense_fp32", "to_limit"))
             print(f"{row['size']:5}{row['arm']:44}{row['ms']:9.3f}{ratios}{row['launches']:9}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    report = {
-        "commit": commit or "unknown",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"gpu": torch.cuda.get_device_name(), "host": platform.platform()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{name: version(name) for name in ("triton", "numpy") if find_spec(name)},
-        },
-        "backends": {name: why or "available" for name, why in reasons.items()},
-        "bytes_per_second": bandwidth,
-        "flop_per_second": rate,
+    gpu = torch.cuda.get_device_name()
+    about = machine() | {"gpu": gpu}
+    record = {
+        "machine": about,
+        "limit": able._asdict(),
         "parity": {what: error for errors, _ in checked.values() for what, error in errors.items()},
         "rows": rows,
     }
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)
-    name = folder / f"gpu-{torch.cuda.get_device_name().replace(' ', '-')}.json"
-    name.write_text(json.dumps(report, indent=1) + "\n")
-    print(name)
+    path = folder / f"{about['time'][:10]}-{about['commit']}-{gpu.replace(' ', '-')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
     if len(backends) < len(checked):
         sys.exit(1)
 

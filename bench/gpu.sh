@@ -52,11 +52,11 @@ else
   missing tests "pytest is not installed here"
 fi
 
-part benchmark 160 "$python" bench/gpu.py "$@"
+part benchmark 160 "$python" -m bench.gpu "$@"
 # With MEMORY=1, up to 25 minutes more: a real 7B of random weights under a hard cap of the allocator, as planned.
 if [ -z "${MEMORY:-}" ]; then
   :
-elif $python -c 'import transformers' 2>/dev/null; then
+elif "$python" -c 'import transformers' 2>/dev/null; then
   part plan 200 "$python" -m bench.plan --device cuda --sizes 60m 130m 1b --batch 8 --seq 256 --out "$OUT/plan.json"
   for fit in 24GB 20GB 16GB; do
     part "plan-7b-$fit" 400 "$python" -m bench.plan --device cuda --sizes 7b --seq 256 --accumulation 1 --steps 20 \

@@ -90,4 +90,12 @@ constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier2 = 0xCD9E8D57, kWeyl0 
 constexpr int kRounds = 10;
 constexpr int kNoisePerBlock = 8;  // half-words of one block; element i is rounded by half-word i of the stream
 
+// Which elements of a whole tensor are here: Window of philox.py.
+struct Window {
+  int64_t origin = 0, columns = 1, pitch = 1;
+
+  SSO_INLINE bool consecutive() const { return columns == pitch; }
+  SSO_INLINE int64_t at(int64_t i) const { return origin + (consecutive() ? i : i / columns * pitch + i % columns); }
+};
+
 }  // namespace sso

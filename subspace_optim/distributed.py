@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from .philox import ALL, Window, stochastic_round_
 
 STACK = -1  # the axis along which the matrices of a stack lie; rows are axis 0, columns axis 1
 Axes = tuple[int | None, ...]  # which axis of the matrix every dimension of a tensor carries; None for one of its own
@@ -163,13 +166,6 @@ class Sharding:
         wanted = set(axes or range(len(self.matrix))) - {None}
         return [i for i, axis in enumerate(self.axes) if axis in wanted and self.mesh.size(i) > 1]
 
-    def number(self) -> int:
-        """A number of this rank's part of the parameter; copies of it share it."""
-        number = 0
-        for i in self.cuts():
-            number = number * self.mesh.size(i) + self.mesh.get_coordinate()[i]
-        return number
-
     def runs(self, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, int], ...]:
         """Which elements of the whole this rank's part of a tensor holds, as (begin, count) of consecutive ones.
 
@@ -178,6 +174,30 @@ class Sharding:
             axes: what its dimensions carry.
         """
         return _runs(self, shape, axes) if self.cuts(*axes) else ((0, math.prod(shape)),)
+
+    def window(self, shape: tuple[int, ...]) -> Window | None:
+        """Which elements of a whole matrix this rank holds.
+
+        None where they are no block of consecutive rows and columns: none at all, or those of a tensor with more than
+        two dimensions that is cut along the last.
+
+        Args:
+            shape: of the part.
+        """
+        if not self.cuts():
+            return ALL
+        rows, columns = (self.runs(shape[axes], tuple(range(len(shape)))[axes]) for axes in (slice(1), slice(1, None)))
+        if len(rows) != 1 or len(columns) != 1:
+            return None
+        pitch = math.prod(self.matrix[1:])
+        return Window(rows[0][0] * pitch + columns[0][0], columns[0][1], pitch)
+
+    def elements(self) -> Tensor:
+        """The numbers of all elements of a whole matrix that this rank holds."""
+        numbers = torch.zeros((), dtype=torch.int64)
+        for axis, size in enumerate(self.matrix):
+            numbers = numbers.unsqueeze(-1) * size + self.own(torch.arange(size), (axis,)).cpu()
+        return numbers.flatten()
 
     # Reductions. Arguments may be overwritten.
 
@@ -358,8 +378,7 @@ class Sharded:
     def __init__(self, kernel: Any, sharding: Sharding) -> None:
         self._kernel, self._sharding = kernel, sharding
         # These work on every element, or every row of the low-rank space, by itself.
-        self.apply_, self.back, self.write_ = kernel.apply_, kernel.back, kernel.write_
-        self.encode_, self.decode = kernel.encode_, kernel.decode
+        self.back, self.encode_, self.decode = kernel.back, kernel.encode_, kernel.decode
 
     def grad_max(self, grads: list[Tensor]) -> Tensor:
         """Of this rank's shards, with NaN as ∞, since a MAX over ranks may drop NaN: the engine reduces all buckets."""
@@ -399,6 +418,44 @@ class Sharded:
         self.transform_(updates, lows, transform)
         return updates
 
+    @contextmanager
+    def _rounded(
+        self, params: list[Tensor], steps: list[Tensor], seeds: Sequence[int]
+    ) -> Iterator[tuple[list[Tensor], Sequence[int], Window]]:
+        """Parameters and seeds as a kernel takes them, to be rounded by the random bits of the whole tensors.
+
+        Shards that are no window lend float32 copies, which are rounded afterwards.
+        """
+        rounds = bool(seeds) and params[0].dtype == torch.bfloat16
+        window = self._sharding.window(tuple(params[0].shape)) if rounds else ALL
+        if window is not None:
+            yield params, seeds, window
+            return
+        wide = [param.float() for param in params]
+        yield wide, [], ALL
+        elements = self._sharding.elements().to(params[0].device)
+        for param, value, seed, step in zip(params, wide, seeds, steps, strict=True):
+            stochastic_round_(param, value, seed, step, elements)
+
+    def apply_(
+        self,
+        params: list[Tensor],
+        updates: list[Tensor],
+        bases: list[Tensor],
+        steps: list[Tensor],
+        seeds: Sequence[int],
+        *how: Any,
+        finite: Tensor | None = None,
+    ) -> None:
+        """As the reference."""
+        with self._rounded(params, steps, seeds) as (own, kept, window):
+            self._kernel.apply_(own, updates, bases, steps, kept, *how, window=window, finite=finite)
+
+    def write_(self, param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+        """As the reference."""
+        with self._rounded([param], [step], [] if seed is None else [seed]) as ((own,), kept, window):
+            self._kernel.write_(own, value, step, *kept or (None,), window)
+
     def projected_adam_(
         self,
         params: list[Tensor],
@@ -421,10 +478,12 @@ class Sharded:
         """The fused kernel where nothing is to be reduced, otherwise its three pieces."""
         reduced = side is not None and self._sharding.cuts(*self._CONTRACTED[side])
         if not reduced and transform != "cautious":
-            self._kernel.projected_adam_(
-                *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds),
-                *(lr, beta1, beta2, eps, weight_decay, scale, side, transform, finite),
-            )
+            with self._rounded(params, steps, seeds) as (own, kept, window):
+                self._kernel.projected_adam_(
+                    *(own, grads, exp_avgs, exp_avg_sqs, bases, steps, kept, lr),
+                    *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
+                    finite=finite,
+                )
             return
         lows = self.project(grads, bases, side, exp_avgs[0].dtype)
         updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)

@@ -28,7 +28,7 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, StatefulOptimizer, member_states, name_in, plan_for
+from .state import DTYPES, Seat, StatefulOptimizer, member_states, name_in, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -56,7 +56,8 @@ class _Entry:
 
     def store(self) -> None:
         """Write back what the step could not reach in place: ints, parameters that have no view."""
-        for key, column in self.state.items():
+        apart = not self.members or self.members[0] is not self.state
+        for key, column in self.state.items() if apart else ():
             if not isinstance(column, Tensor):
                 self.state[key] = self.members[0][key]
             elif column.dtype == torch.int64:
@@ -147,7 +148,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.stagger = stagger
         self.seed = seed
         self.backend = backend
-        self._skips = {}
+        self._skips, self._seats = {}, {}
         self.lows: dict[Tensor, list[Tensor]] = {}
         if backend != "auto" and backend not in select.IMPLS:
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
@@ -295,10 +296,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         gap = self.param_groups[index]["update_proj_gap"]
         return None if any(self.projector.due(member, gap) for member in member_states(plan, state)) else plan
 
-    def bases(self, plan: Plan, param: Tensor) -> list[Bases]:
-        """The bases in force of the matrices of a projected tensor."""
+    def bases(self, plan: Plan, param: Tensor, kernel: Kernel | None = None) -> list[Bases]:
+        """The bases in force of the matrices of a projected tensor; `kernel` decodes them, if it is known already."""
         assert self.projector is not None
-        kernel = select.resolve(self.backend, plan)
+        kernel = kernel or select.resolve(self.backend, plan)
         states = [storage.with_bases(plan, member, kernel) for member in member_states(plan, self.state[param])]
         return self.projector.bases(plan, states)
 
@@ -348,7 +349,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         for plan, params in alike.items():
             kernel = select.resolve(self.backend, plan)
             grads = [g for param in params for g in self._grads(plan, param)]
-            bases = flat([own for param in params for own in self.bases(plan, param)])
+            bases = flat([own for param in params for own in self.bases(plan, param, kernel)])
             lows = kernel.project(grads, bases, plan.side, plan.state_dtype)
             count = len(plan.members)
             for i, param in enumerate(params):
@@ -436,42 +437,42 @@ class SubspaceOptimizer(StatefulOptimizer):
             self._refuse_flattened()
         for index, group in enumerate(self.param_groups):
             self._check_group(group, f"group {index}")
-        members: dict[tuple[int, Plan, bool], list[tuple[int, Tensor]]] = {}
+        options = [self._options(group) for group in self.param_groups]
+        taking: dict[tuple[int, Plan, bool], list[tuple[Seat, Tensor]]] = {}
         for position, index, i, param in self._positions():
-            ahead = param in self.lows
-            if (param.grad is None and not ahead) or param.numel() == 0:
+            ahead = bool(self.lows) and param in self.lows
+            grad = param.grad
+            if (grad is None and not ahead) or param.numel() == 0:
                 continue
             group = self.param_groups[index]
-            if param.grad is not None and ahead:
+            if grad is not None and ahead:
                 raise RuntimeError(
                     f"{name_in(group, i)} has a gradient besides the one that was projected ahead of the step; "
                     "something else writes p.grad (DistributedDataParallel: leave it out, and call average_gradients), "
                     "or a backward has run since; zero_grad() clears both"
                 )
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise TypeError(
-                    f"{name_in(group, i)} has a {param.grad.layout} gradient; use a dense one (sparse=False)"
-                )
+            if grad is not None and grad.layout != torch.strided:
+                raise TypeError(f"{name_in(group, i)} has a {grad.layout} gradient; use a dense one (sparse=False)")
             if param.dtype not in DTYPES:
                 raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
-            plan = plan_for(param, group)
+            seat = self._seat(position, param, group, options[index])
             if self.state.get(param):
-                self._check_state(position, index, i, param, plan)
-            members.setdefault((index, plan, ahead), []).append((position, param))
-        kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in members}
+                self._check_state(position, index, i, param, seat)
+            taking.setdefault((index, seat.plan, ahead), []).append((seat, param))
+        kernels = {plan: select.resolve(self.backend, plan) for _, plan, _ in taking}
         grads = {
             key: [grad for _, param in tensors for grad in self._grads(key[1], param)]
-            for key, tensors in members.items()
+            for key, tensors in taking.items()
         }
         peaks = distributed.together(
             dist.ReduceOp.MAX,
             [(plan.sharding, plan.sharding.cuts(), kernels[plan].grad_max(g)) for (_, plan, _), g in grads.items()],
         )
         works = []
-        for key, largest in zip(members, peaks, strict=True):
+        for key, largest in zip(taking, peaks, strict=True):
             index, plan, ahead = key
             group = self.param_groups[index]
-            bucket, entries = self._bucket(plan, ahead, group, members[key], grads[key], largest)
+            bucket, entries = self._bucket(plan, ahead, group, taking[key], grads[key], largest)
             works.append(_Work(group, bucket, kernels[plan], entries))
         skipping: dict[torch.device, list[Tensor]] = {}
         for work in works:
@@ -490,24 +491,24 @@ class SubspaceOptimizer(StatefulOptimizer):
         plan: Plan,
         ahead: bool,
         group: dict[str, Any],
-        tensors: list[tuple[int, Tensor]],
+        tensors: list[tuple[Seat, Tensor]],
         grads: list[Tensor],
         peaks: Tensor,
     ) -> tuple[Bucket, list[_Entry]]:
         """The matrices of a plan that take part in this step, and the parameters that they belong to."""
         bucket, entries = Bucket(plan, group["rounding"] == "stochastic", grads=grads, projected=ahead), []
         fresh: list[bool] = []
-        for position, param in tensors:
+        for seat, param in tensors:
             state = self.state[param]
-            fresh += [not state] * len(plan.members)
+            fresh += [not state] * len(seat.orders)
             if not state:
-                state.update(self._init_state(plan, group, position))
+                state.update(self._init_state(plan, group, seat.position))
             entry = _Entry.of(plan, param, state)
             entries.append(entry)
             bucket.params += entry.matrices
             bucket.states += entry.members
-            bucket.orders += [position + j for j in plan.members]
-            bucket.streams += [self._stream(plan, position, j) for j in plan.members]
+            bucket.orders += seat.orders
+            bucket.streams += seat.streams
         if plan.device not in self._skips:
             self._skips[plan.device] = torch.zeros((), dtype=torch.int64, device=plan.device)
         if _waits(peaks) and not any(fresh) and self._is_ordinary(bucket, group):
@@ -570,7 +571,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         with self.observer.step(self.rule, bucket, kernel):
             self.rule.step_(seen, hyper, kernel)
         if self.projector.learns:
-            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group))
+            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group), kernel)
             if changes is not None:
                 self.rule.carry_(plan, bucket.states, changes, hyper)
             storage.keep_bases_(bucket, kernel)

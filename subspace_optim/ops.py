@@ -1,14 +1,15 @@
 """The kernels as torch ops: every schema, fake and default kernel. This page is the whole kernel API.
 
 The default kernel of an op is the reference; csrc/ registers faster ones for the CPU under the same names. Bases come
-flat, as in kernels/reference.py; `side` is an index into SIDES and `transform` one into TRANSFORMS.
+flat, as in kernels/reference.py; `side` is an index into SIDES, `transform` one into TRANSFORMS, `window` the three
+numbers of a Window, and `products` an index into PRODUCTS: a permission, of which the reference makes no use.
 
 Defined by hand, because `torch.library.custom_op` would cost a step 80 µs a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch.library import Library
 
 from . import _ext
 from .kernels import reference
+from .philox import Window
 from .types import TRANSFORMS, Side
 
 SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
+PRODUCTS = ("exact", "own", "rounded")  # what may be multiplied in bfloat16: nothing, bfloat16 tensors, everything
 
 _library = Library("subspace_optim", "DEF")  # type: ignore[no-untyped-call]
 
@@ -33,13 +36,22 @@ def _define(schema: str, default: Callable[..., Any] | None, fake: Callable[...,
     torch.library.register_fake(f"subspace_optim::{name}", fake, lib=_library)
 
 
-def _decoded(kernel: Callable[..., Any], **tables: Sequence[Any]) -> Callable[..., Any]:
-    """The kernel, taking indices into these tables where it takes their values."""
-    at = {i: tables[name] for i, name in enumerate(signature(kernel).parameters) if name in tables}
-    return lambda *arguments: kernel(*(at[i][value] if i in at else value for i, value in enumerate(arguments)))
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "side": SIDES.__getitem__,
+    "transform": TRANSFORMS.__getitem__,
+    "window": Window._make,
+}
 
 
-def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype) -> list[Tensor]:
+def _decoded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, of arguments as ops take them; `products`, which may follow them, it does not see."""
+    values = [_VALUES.get(name, lambda x: x) for name in signature(kernel).parameters if name != "finite"]
+    return lambda *arguments: kernel(*(value(own) for value, own in zip(values, arguments, strict=False)))
+
+
+def _fake_project(
+    grads: list[Tensor], bases: list[Tensor], side: int, dtype: torch.dtype, products: int = 0
+) -> list[Tensor]:
     lows = []
     for i, grad in enumerate(grads):
         (m, n), rank = grad.shape, bases[i].shape[1]
@@ -50,14 +62,14 @@ def _fake_project(grads: list[Tensor], bases: list[Tensor], side: int, dtype: to
 
 # A dense gradient is its own projection, which an op may not return: the side is never None here.
 _define(
-    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype) -> Tensor[]",
-    _decoded(reference.project, side=SIDES),
+    "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype, int products=0) -> Tensor[]",
+    _decoded(reference.project),
     _fake_project,
 )
 
 
 def _adam_update_(updates: list[Tensor], *arguments: Any) -> None:
-    torch._foreach_copy_(updates, _decoded(reference.adam_update_, transform=TRANSFORMS)(*arguments))
+    torch._foreach_copy_(updates, _decoded(reference.adam_update_)(*arguments))
 
 
 # The updates are an argument: an op that writes into lists and returns one as well cannot be compiled.
@@ -70,16 +82,16 @@ _define(
 
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
-    "float weight_decay, float scale, int side, bool sign) -> ()",
-    _decoded(reference.apply_, side=SIDES),
+    "float weight_decay, float scale, int side, bool sign, int[] window, int products=0) -> ()",
+    _decoded(reference.apply_),
     lambda *_: None,
 )
 
 _define(
     "projected_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
-    "float weight_decay, float scale, int side, int transform) -> ()",
-    _decoded(reference.projected_adam_, side=SIDES, transform=TRANSFORMS),
+    "float weight_decay, float scale, int side, int transform, int[] window, int products=0) -> ()",
+    _decoded(reference.projected_adam_),
     lambda *_: None,
 )
 
@@ -88,7 +100,8 @@ _define(
 _define(
     "weight_norm_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] length_avgs, Tensor(e!)[] length_avg_sqs, Tensor[] bases, Tensor(f!)[] steps, int[] seeds, "
-    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform) -> ()",
+    "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, int side, int transform, "
+    "int products=0) -> ()",
     None,
     lambda *_: None,
 )
@@ -97,7 +110,7 @@ _define(
     "compressed_adafactor_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] row_averages, "
     "Tensor(d!)[] column_averages, Tensor[] previous, Tensor[] bases, bool[] carried, Tensor(e!)[] steps, int[] seeds, "
     "Tensor lr, float beta1, float decay_rate, float clip_threshold, float weight_decay, float scale, int side, "
-    "int transform) -> ()",
+    "int transform, int products=0) -> ()",
     None,
     lambda *_: None,
 )
@@ -120,7 +133,7 @@ _define(
     "coded_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor[] tables, "
     "int[] streams, int axis, int begin, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, "
     "float eps, float weight_decay, float scale, int transform, bool eps_inside) -> ()",
-    _decoded(reference.coded_adam_, transform=TRANSFORMS),
+    _decoded(reference.coded_adam_),
     lambda *_: None,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,29 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
 _Word = TypeVar("_Word", int, Tensor)
+
+
+class Window(NamedTuple):
+    """Which elements of a whole tensor a part of it holds: i is number origin + i // columns · pitch + i % columns."""
+
+    origin: int = 0
+    columns: int = 1
+    pitch: int = 1
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether they are one run."""
+        return self.columns == self.pitch
+
+    def elements(self, count: int, device: torch.device) -> int | Tensor:
+        """The first where they are consecutive, otherwise all."""
+        if self.consecutive:
+            return self.origin
+        i = torch.arange(count, device=device)
+        return self.origin + i // self.columns * self.pitch + i % self.columns
+
+
+ALL = Window()
 
 
 def philox(seed: int | Tensor, c0: Tensor, c1: int | Tensor = 0, c2: int = 0, c3: int = 0) -> Tensor:
@@ -81,27 +104,35 @@ def uniform(seed: int, step: int | Tensor, begin: int, count: int, device: torch
     return _halves(seed, step, begin, count, device).float().add_(0.5).mul_(2.0**-16)
 
 
-def _halves(seed: int, step: int | Tensor, begin: int, count: int, device: torch.device) -> Tensor:
-    """Half-words of the stream (seed, step), int64, low halves first; element i uses half-word i."""
+def _halves(seed: int | Tensor, step: int | Tensor, elements: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """Half-words of the stream (seed, step), int64, low halves first; element i uses half-word i.
+
+    They are those of `count` elements from one on, or of all that are given.
+    """
+    if isinstance(elements, Tensor):
+        words = philox(seed, elements >> 3, step, 0, _ROUNDING).gather(0, (elements >> 1 & 3).unsqueeze(0))[0]
+        return words >> 16 * (elements & 1) & 0xFFFF
+    begin = elements
     first, last = begin // 8, (begin + count + 7) // 8
     words = philox(seed, torch.arange(first, last, device=device), step, 0, _ROUNDING).T.reshape(-1)
     return torch.stack((words & 0xFFFF, words >> 16), dim=1).view(-1)[begin - 8 * first :][:count]
 
 
-def stochastic_round_(out: Tensor, value: Tensor, seed: int, step: int, begin: int = 0) -> None:
+def stochastic_round_(
+    out: Tensor, value: Tensor, seed: int | Tensor, step: int | Tensor, elements: int | Tensor = 0
+) -> None:
     """Write float32 `value` into bfloat16 `out`, up or down with the odds that make the expectation exact.
 
-    Element i uses half-word begin + i of the stream (seed, step): 16 random bits are added below the 16 bits that are
-    kept.
+    Element i uses half-word i of the stream (seed, step): 16 random bits are added below the 16 bits that are kept.
 
     Args:
         out: bfloat16, any strides.
         value: float32, the shape of `out`; overwritten.
-        seed: of the tensor.
+        seed: of the tensor; 0-d where it is a tensor.
         step: of the tensor, so that every step rounds afresh.
-        begin: where `out` begins in the tensor.
+        elements: where `out` begins in the tensor of which it is a part, or which of its elements these are.
     """
     value = value.contiguous()
     bits = value.view(torch.int32).view(-1)
-    bits.add_(_halves(seed, step, begin, value.numel(), value.device).to(torch.int32)).bitwise_and_(-65536)
+    bits.add_(_halves(seed, step, elements, value.numel(), value.device).to(torch.int32)).bitwise_and_(-65536)
     out.copy_(value)

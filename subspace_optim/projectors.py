@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from . import philox
 from .distributed import WHOLE, Sharding
+from .kernels import reference
 from .types import Bases, Change, Plan, Side, State, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
@@ -73,7 +74,13 @@ class Projector:
         return [tuple(state[key] for key in plan.basis_keys) for state in states]
 
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        grads: Sequence[Tensor],
+        lows: Sequence[Tensor],
+        lr_ratio: float,
+        kernel: Any,
     ) -> list[Change] | None:
         """Learn from the gradients after the parameters have been written; `lows` are their R where there is one."""
         return None
@@ -342,7 +349,13 @@ class OnlinePCA(SVD):
         return plan.state_dtype.itemsize * math.prod(plan.low_shape)
 
     def advance_(
-        self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], lows: Sequence[Tensor], lr_ratio: float
+        self,
+        plan: Plan,
+        states: Sequence[State],
+        grads: Sequence[Tensor],
+        lows: Sequence[Tensor],
+        lr_ratio: float,
+        kernel: Any,
     ) -> list[Change] | None:
         """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
         changes = []
@@ -356,21 +369,19 @@ class OnlinePCA(SVD):
             state["basis_step"] += 1
             for side, key in zip(plan.sides, plan.basis_keys, strict=True):
                 low = _oriented(lows[i], side) if lows and plan.side != "both" else None
-                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low)
-                self._descend_(state, key, slope, lr_ratio)
+                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low, kernel)
+                self._descend_(state, key, slope, lr_ratio, kernel)
             retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
             changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
         return changes if self.retract_every is not None else None
 
-    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float) -> None:
-        q, k = state[key], state["basis_step"]
-        first, second = (state[f"{key}_{name}"] for name in _BASIS_MOMENTS)
-        first.lerp_(slope, 1 - self.basis_betas[0])
-        second.mul_(self.basis_betas[1]).addcmul_(slope, slope, value=1 - self.basis_betas[1])
-        rate = self.basis_lr * lr_ratio
-        scale = (second / (1 - self.basis_betas[1] ** k)).sqrt_().add_(1e-8)
-        q.mul_(1 - rate * self.basis_weight_decay)
-        q.addcdiv_(first, scale, value=-rate / (1 - self.basis_betas[0] ** k))
+    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float, kernel: Any) -> None:
+        q = state[key]
+        steps = [torch.full((), state["basis_step"] - 1.0, dtype=q.dtype, device=q.device)]
+        moments = [[state[f"{key}_{name}"]] for name in _BASIS_MOMENTS]
+        updates = kernel.adam_update_([slope], *moments, steps, *self.basis_betas, 1e-8)
+        rate = torch.tensor(self.basis_lr * lr_ratio, dtype=torch.float64)
+        kernel.apply_([q], updates, [], steps, [], rate, self.basis_weight_decay, 1.0, None)
 
     def gradient(
         self,
@@ -380,15 +391,17 @@ class OnlinePCA(SVD):
         side: Side = "right",
         sharding: Sharding = WHOLE,
         low: Tensor | None = None,
+        kernel: Any = reference,
     ) -> Tensor:
         """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q.
 
-        `low` is grad Q, where it is known.
+        `low` is grad Q, where it is known; `kernel` multiplies with the gradient, and sums over its shards.
         """
-        wide, rank, along = _oriented(grad, side).to(q.dtype), q.shape[1], _axis(side)
+        rank, along = q.shape[1], _axis(side)
         if low is None:
-            (low,) = sharding.sum([wide @ q], along)
-        (pulled,) = sharding.sum([(wide.mT @ (low / norm)).div_(norm)], 1 - along)
+            low = _oriented(kernel.project([grad], [q], side, q.dtype)[0], side)
+        other: Side = "right" if side == "left" else "left"  # ĜᵀR̂ is a projection, too: by R̂ from the other side
+        pulled = _oriented(kernel.project([grad], [low / norm], other, q.dtype)[0], other).div_(norm)
         both = torch.cat((q, pulled), dim=1)
         (overlap,) = sharding.sum([q.mT @ both], along)  # QᵀQ beside R̂ᵀR̂ = QᵀĜᵀR̂
         excess = overlap[:, :rank].clone()
@@ -424,7 +437,35 @@ def _identity(plan: Plan) -> Change:
 
 
 def _qr(sharding: Sharding, x: Tensor) -> Tensor:
-    return sharding.once(x, lambda: torch.linalg.qr(x)[0])
+    """Orthonormal columns of the same span. On a CPU Householder's QR takes half the time of Cholesky's."""
+
+    def columns() -> Tensor:
+        q = cholesky_qr(x) if x.is_cuda else None
+        return torch.linalg.qr(x)[0] if q is None else q
+
+    return sharding.once(x, columns)
+
+
+def cholesky_qr(x: Tensor) -> Tensor | None:
+    """Orthonormal columns by CholeskyQR, twice: products and triangular solves alone, which a GPU is fast at.
+
+    XᵀX = LLᵀ, Q = X L⁻ᵀ. The first time in float64, because the condition number is squared.
+
+    Args:
+        x: a batch of (d, r).
+
+    Returns:
+        The batch of Q; None where columns are dependent to rounding, and Householder's QR has to do.
+    """
+
+    def divided(q: Tensor, gram: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram)[0].mT, q, upper=True, left=False)
+
+    wide = x.double()
+    q = divided(wide, wide.mT @ wide).to(x.dtype)
+    gram = q.mT @ q
+    error = (gram - torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)).abs().amax()
+    return divided(q, gram) if error < 0.1 else None  # nor is NaN, where a factorisation failed
 
 
 def _orthonormal(plan: Plan, state: State) -> Bases:

@@ -74,7 +74,7 @@ class Rule:
         kernel.apply_(
             *(bucket.params, updates, flat(bucket.bases), bucket.slot("step"), bucket.seeds),
             *(hyper.lr if lr is None else lr, hyper.weight_decay, self.scale(hyper), bucket.plan.side, self.sign_after),
-            bucket.finite,
+            finite=bucket.finite,
         )
 
     def scale(self, hyper: Hyper) -> float:
@@ -117,7 +117,8 @@ class Adam(Rule):
         kernel.projected_adam_(
             *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), flat(bucket.bases)),
             *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale),
-            *(bucket.plan.side, hyper.transform, bucket.finite),
+            *(bucket.plan.side, hyper.transform),
+            finite=bucket.finite,
         )
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:

@@ -26,7 +26,37 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly wha
 
 _Layout = dict[str, tuple[tuple[int, ...] | None, torch.dtype | None]]  # of state tensors; an int has neither
 _META = torch.device("meta")
+LAYOUT_KEYS = ("rank", "proj_type", "batch_dims", "state_bits", "basis_bits", "rounding")  # of a group, for its plans
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a step needs to know of the parameter at a position, looked up anew only when something of it has changed.
+
+    It holds no tensor: whoever lets go of one frees it.
+
+    Attributes:
+        position: in the optimizer.
+        makings: what it follows from, beside the shape, the dtype and the device of the parameter.
+        plan: how the parameter is stepped.
+        shapes: of its state by key; None of an int.
+        orders: the places of its matrices among all that the optimizer steps.
+        streams: their random seeds.
+    """
+
+    position: int
+    makings: tuple[Any, ...]
+    plan: Plan
+    shapes: dict[str, tuple[int, ...] | None]
+    orders: list[int]
+    streams: list[int]
+
+    def fits(self, param: Tensor, makings: tuple[Any, ...]) -> bool:
+        """Whether the plan is still that of this parameter."""
+        plan = self.plan
+        same = plan.shape == param.shape and plan.dtype == param.dtype and plan.device == param.device
+        return same and self.makings == makings
 
 
 @dataclass(slots=True)
@@ -62,6 +92,7 @@ class StatefulOptimizer(Optimizer):
     backend: str
     lows: dict[Tensor, list[Tensor]]
     _skips: dict[torch.device, Tensor]  # counted where the parameters are
+    _seats: dict[int, Seat]  # by the id of the parameter, which another one may have had before it
 
     @property
     def skipped_updates(self) -> int:
@@ -128,22 +159,45 @@ class StatefulOptimizer(Optimizer):
 
     def plan_of(self, index: int, param: Tensor) -> Plan:
         """How a tensor of the group with this index is stepped."""
-        return plan_for(param, self.param_groups[index])
+        seat, group = self._seats.get(id(param)), self.param_groups[index]
+        if seat is not None and seat.fits(param, self._makings(param, self._options(group))):
+            return seat.plan
+        return plan_for(param, group)
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a tensor of this optimizer."""
         return next(name_in(self.param_groups[index], i) for _, index, i, own in self._positions() if own is param)
 
-    def _check_state(self, position: int, index: int, i: int, param: Tensor, plan: Plan) -> None:
+    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """All that the seats of a group follow from, but for the parameters themselves."""
+        return (*(group[key] for key in LAYOUT_KEYS), self.projector, self.rule, self.dense_rule, self.seed)
+
+    @staticmethod
+    def _makings(param: Tensor, options: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (options, distributed.Layout.of(param)) if distributed.is_sharded(param) else (options, None)
+
+    def _seat(self, position: int, param: Tensor, group: dict[str, Any], options: tuple[Any, ...]) -> Seat:
+        """The seat of a parameter of a group with these `_options`."""
+        makings, seat = self._makings(param, options), self._seats.get(id(param))
+        if seat is None or seat.position != position or not seat.fits(param, makings):
+            plan = plan_for(param, group)
+            shapes = {key: shape for key, (shape, _) in self._wanted(plan).items()}
+            orders = [position + j for j in plan.members]
+            streams = [self._stream(plan, position, j) for j in plan.members]
+            seat = self._seats[id(param)] = Seat(position, makings, plan, shapes, orders, streams)
+        return seat
+
+    def _check_state(self, position: int, index: int, i: int, param: Tensor, seat: Seat) -> None:
         """Refuse state that is not of this plan; bring it along where the parameter has been moved or cast."""
-        group, state, wanted = self.param_groups[index], self.state[param], self._wanted(plan)
-        wrong = [key for key in wanted.keys() | state.keys() if _shape(state.get(key)) != wanted.get(key, (None,))[0]]
+        group, state, shapes, plan = self.param_groups[index], self.state[param], seat.shapes, seat.plan
+        own = {key: getattr(value, "shape", None) for key, value in state.items()}
+        wrong = own != shapes and {key for key in shapes.keys() | own.keys() if own.get(key) != shapes.get(key)}
         if wrong:
             why = storage.mismatch(plan.whole, state)
             if why is None:
                 key = "exp_avg" if "exp_avg" in wrong else min(wrong)
                 why = f"{key} of shape {_shape(state.get(key))}, but rank={group['rank']!r} and "
-                why += f"proj_type={group['proj_type']!r} need {wanted.get(key, (None,))[0]}"
+                why += f"proj_type={group['proj_type']!r} need {shapes.get(key)}"
             raise ValueError(f"{name_in(group, i)} has {why}; keep what the run began with")
         if state["step"].dtype != plan.state_dtype or state["step"].device != plan.device:
             state.update(self._adopted(self._match(position, index, i, param, group, state)))
@@ -327,6 +381,7 @@ class StatefulOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.lows = {}  # of other bases
+        self._seats = {}
         self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -362,11 +417,9 @@ class StatefulOptimizer(Optimizer):
 
 def plan_for(param: Tensor, group: dict[str, Any]) -> Plan:
     """How a tensor of the group is stepped."""
-    options = (group["rank"], group["proj_type"], group["batch_dims"])
-    kept = (group["state_bits"], group["basis_bits"], group["rounding"])
+    options = (group[key] for key in LAYOUT_KEYS)
     try:
-        layout = distributed.Layout.of(param)
-        return make_plan(tuple(param.shape), param.dtype, param.device, *options, *kept, layout)
+        return make_plan(tuple(param.shape), param.dtype, param.device, *options, distributed.Layout.of(param))
     except ValueError as error:
         i = next(i for i, own in enumerate(group["params"]) if own is param)
         raise ValueError(f"{name_in(group, i)} {error}") from None

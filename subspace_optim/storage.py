@@ -273,7 +273,7 @@ class Coding:
         adam, rest = (beta1, beta2, eps), (lr, beta1, beta2, eps, weight_decay, scale)
         if not isinstance(exp_avgs[0], Coded):
             own = (params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
-            self._kernel.projected_adam_(*own, *rest, side, transform, finite)
+            self._kernel.projected_adam_(*own, *rest, side, transform, finite=finite)
         elif side is None:
             coded = _flat(exp_avgs, exp_avg_sqs)
             self._kernel.coded_adam_(params, grads, *coded, steps, seeds, *rest, transform, finite=finite)

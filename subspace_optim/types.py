@@ -127,7 +127,7 @@ class Plan:
 
     def matrices(self, tensor: Tensor) -> list[Tensor]:
         """The tensor as what is stepped: the same memory where strides allow it, otherwise copies."""
-        if self.side is None:
+        if self.side is None or tensor.shape == self.matrix:
             return [tensor]
         return list(tensor.reshape(1 if self.stack is None else self.stack, *self.matrix).unbind())
 
@@ -299,9 +299,8 @@ class Bucket:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the stochastic rounding, as kernels take them: none means to nearest. Shards round differently."""
-        shard = self.plan.sharding.number()
-        return [stream ^ shard for stream in self.streams] if self.rounding else []
+        """Of the stochastic rounding, as kernels take them: none means to nearest."""
+        return self.streams if self.rounding else []
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

@@ -5,6 +5,7 @@ from itertools import cycle
 import torch
 
 from subspace_optim import storage
+from subspace_optim.philox import ALL, Window
 from subspace_optim.rules import WeightNormAdam
 from subspace_optim.types import Bucket, Hyper, Plan
 
@@ -141,3 +142,47 @@ def members(lists, flags):
     return [
         [[t for t, flag in zip(column, cycle(wanted)) if flag == which] for column in lists] for which in (True, False)
     ]
+
+
+# Of bfloat16: a matrix, and the rows and columns of it that are a part: as shards lie, and where no block of random
+# words begins.
+PARTS = (
+    ((24, 40), (8, 16), (0, 40)),
+    ((24, 40), (0, 24), (16, 32)),
+    ((24, 40), (5, 20), (7, 20)),
+    ((9, 13), (4, 7), (0, 13)),
+    ((3, 1100), (1, 3), (72, 1100)),
+)
+
+
+def part_and_whole(kernel, side, shape, rows, columns):
+    """W of a part after steps as its window, and that part of W after the same steps of the whole.
+
+    Every product is exact: G is of whole numbers, and a basis is columns of the identity. R is not asked for where a
+    sum over a part would be another than that over the whole.
+    """
+    rows, columns = slice(*rows), slice(*columns)
+    params, grads, means, squares, _, steps = bucket(shape, 3, side, torch.bfloat16)
+    params, grads = [param * 1000 for param in params], [grad.mul(4).round() for grad in grads]
+    d = {None: 0, "right": shape[1], "left": shape[0]}[side]
+    bases = [torch.eye(d)[:, torch.randperm(d)[:3]] for _ in params if side]
+    low = {None: (rows, columns), "right": rows, "left": (slice(None), columns)}[side]
+    across = {None: (), "right": columns, "left": rows}[side]
+    ends = []
+    for window in (ALL, Window(rows.start * shape[1] + columns.start, columns.stop - columns.start, shape[1])):
+
+        def own(tensors, at, window=window):
+            return [(t if window is ALL else t[at]).clone(memory_format=torch.contiguous_format) for t in tensors]
+
+        weights, lows, q, counts = own(params, (rows, columns)), own(means, low), own(bases, across), own(steps, ())
+        seeds, rate = [2**62 + 12345, 7], torch.tensor(0.7)
+        kernel.apply_(weights, lows, q, counts, seeds, rate, 0.1, 0.5, side, window=window)
+        if side is None or across == slice(0, d):
+            kernel.projected_adam_(
+                *(weights, own(grads, (rows, columns)), lows, own(squares, low), q, counts, seeds, rate),
+                *(0.8, 0.95, 1e-3, 0.1, 0.5, side, "none"),
+                window=window,
+            )
+        kernel.write_(weights[1], weights[1].float() * 1.001, counts[1], 5, window)
+        ends.append([w[rows, columns] if window is ALL else w for w in weights])
+    return ends

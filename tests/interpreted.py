@@ -9,12 +9,14 @@ import interpreter  # noqa: F401
 import pytest
 import torch
 from buckets import (
+    PARTS,
     assert_coded_alike,
     bucket,
     coded_bucket,
     error,
     length_bucket,
     members,
+    part_and_whole,
     some_unusable,
     step_coded,
     step_lengths,
@@ -310,6 +312,13 @@ def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
         results.append(mine[0])
     for fused, two in zip(*results):
         assert torch.equal(fused, two)
+
+
+@pytest.mark.parametrize("part", PARTS[:4], ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, path):
+    mine, wanted = part_and_whole(kernels, side, *part)
+    assert all(map(torch.equal, mine, wanted))
 
 
 @pytest.mark.parametrize("dtype", kernels.DOT, ids=str)

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from training import ALL_METHODS, noise
 from training import FIVE as BY_NAME
 
@@ -332,6 +333,36 @@ def half_precision(mesh, layout):
     return everyone
 
 
+ROUNDED = {2: ("rows", "columns", "stacks"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
+
+
+def rounded(name, mesh=None, layout=()):
+    """Where bfloat16 weights end."""
+    params = net(mesh, layout, torch.bfloat16)
+    train(params, build(name, params), range(STEPS))
+    return whole(params)
+
+
+def all_rounded(meshes):
+    """By mesh and method."""
+    world = dist.get_world_size()
+    return {(key, name): rounded(name, meshes[key], MESHES[world][key][1]) for key in ROUNDED[world] for name in FIVE}
+
+
+def rounded_tables(mesh=None, cuts=(), **settings):
+    """Dense ones."""
+    return stepped_tables(torch.bfloat16, mesh, dict.fromkeys(TABLES, cuts), **settings)
+
+
+def all_rounded_tables(meshes):
+    """Cut along every dimension, and twice along the first; by how they are cut and the bits of the state."""
+    if "rows" not in meshes:
+        strided = (_StridedShard(0, split_factor=2), Shard(0))
+        return {("strided", bits): rounded_tables(meshes["both"], strided, state_bits=bits) for bits in (32, 8)}
+    cuts = [(0, 32), (0, 8), (1, 32), (-1, 32)]
+    return {(dim, bits): rounded_tables(meshes["rows"], (Shard(dim),), state_bits=bits) for dim, bits in cuts}
+
+
 CODED = {"state_bits": 8, "basis_bits": 8}
 QUANTISED = {2: ("rows", "columns"), 3: ("rows", "columns", "stacks"), 4: ("both",)}  # world size, meshes
 TABLES = {"table": (9, 5), "odd": (10, 3, 7)}  # dense; the second is cut along its middle
@@ -343,23 +374,26 @@ def quantised(name, mesh=None, layout=()):
     return whole(params)
 
 
-def quantised_tables(mesh=None):
-    """Under cautious AdamW; the shards of the odd one are no consecutive rows of it."""
-    params = {
-        key: nn.Parameter(
-            noise(i, shape)
-            if mesh is None
-            else distribute_tensor(noise(i, shape), mesh, [Shard(len(shape) - 2)], src_data_rank=None)
-        )
-        for i, (key, shape) in enumerate(TABLES.items())
-    }
-    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, state_bits=8, transform="cautious")
+def stepped_tables(dtype, mesh, cuts, **settings):
+    """Where dense weights end that are cut in these ways, or not at all."""
+
+    def own(value, key):
+        value = value.to(dtype)
+        return value if mesh is None else distribute_tensor(value, mesh, cuts[key], src_data_rank=None)
+
+    params = {key: nn.Parameter(own(noise(i, shape), key)) for i, (key, shape) in enumerate(TABLES.items())}
+    opt = so.SubspaceOptimizer(list(params.items()), lr=0.1, **settings)
     for step in range(STEPS):
         for i, (key, param) in enumerate(params.items()):
-            grad = noise(10 * step + i, TABLES[key])
-            param.grad = grad if mesh is None else distribute_tensor(grad, mesh, param.placements, src_data_rank=None)
+            param.grad = own(noise(10 * step + i, TABLES[key]), key)
         opt.step()
     return whole(params)
+
+
+def quantised_tables(mesh=None):
+    """Under cautious AdamW; the shards of the odd one are no consecutive rows of it."""
+    cuts = {key: [Shard(len(shape) - 2)] for key, shape in TABLES.items()}
+    return stepped_tables(torch.float64, mesh, cuts, state_bits=8, transform="cautious")
 
 
 def all_quantised(meshes):
@@ -508,6 +542,18 @@ def replicas_in_backward(grid):
     )
 
 
+def replicas_over_tensors(shape):
+    """Groups of shards under tensor parallelism that average R; where the weights end, bytes sent and of whole ones."""
+    grid = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards", "tensor"))
+    model = fully_sharded(parallelize_module(mlp(), grid["tensor"], PLAN), grid["shards"])
+    opt = so.GaLore(model.named_parameters(), lr=0.02, rank=2, update_proj_gap=3)
+    state = ProjectedState(opt, group=grid["replicas"].get_group())
+    projected_allreduce(model, state)
+    part = grid.get_local_rank("replicas") * shape[1] + grid.get_local_rank("shards")
+    ends, _ = accumulated(model, opt, part, shape[0] * shape[1])
+    return ends, state.bytes_sent, state.bytes_whole
+
+
 def coded_replicas(grid, bits):
     """What 16 equal gradients come to, relative to what was meant, once bases are set."""
     torch.manual_seed(0)
@@ -579,6 +625,8 @@ def second_world(folder, meshes):
         "backward": shards_in_backward(),
         "watched": {key: watched(meshes[key], layout) for key, layout in (("rows", (0,)), ("columns", (1,)))},
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "state": layouts_of_state(rows),
         "refusals": refusals(meshes),
         "zero": zero_redundancy(),
@@ -591,6 +639,8 @@ def third_world(folder, meshes):
         "wrapped": wrapped(3),
         "watched": {"rows": watched(meshes["rows"], (0,))},
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "moved": moved(folder, "3", CHAIN["3"], meshes["columns"], (1,)),
     }
 
@@ -599,12 +649,15 @@ def fourth_world(folder, meshes):
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     return {
         "replicas": replicas(grid),
+        "replicas over tensors": replicas_over_tensors((2, 1, 2)),
         "backward": {"replicas": replicas_in_backward(grid)},
         "coded replicas": {bits: coded_replicas(grid, bits) for bits in (None, 8, 4)},
         "unlike replicas": unlike_replicas(grid),
         "equal": equivalences(4, meshes),
         "wrapped": wrapped(4),
         "quantised": all_quantised(meshes),
+        "rounded": all_rounded(meshes),
+        "tables": all_rounded_tables(meshes),
         "half": half_precision(meshes["hybrid"], (None, 0)),
         "moved": moved(folder, "4", CHAIN["4"], meshes["both"], (0, 1)),
     }

@@ -8,10 +8,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.optimizer import LRSchedulersContainer, ParamGroupConfig
 from training import FIVE, assert_same, noise, snapshot
 
 import subspace_optim as so
 from subspace_optim import distributed
+from subspace_optim.integrations.torchtitan import SubspaceOptimizersContainer
 
 
 def net():
@@ -125,113 +128,48 @@ def test_lightning_steps_as_a_plain_loop(capsys):
     assert_same(snapshot(dict(module.net.named_parameters())), snapshot(dict(plain.named_parameters())))
 
 
-def titan_groups(model, rank=3):
-    """As torchtitan makes them: tensors, their names beside them, and hints for torch's optimizers."""
-    kinds = {True: {"rank": rank, "update_proj_gap": 2}, False: {}}
-    return [
-        {
-            "params": [p for p in model.parameters() if (p.ndim == 2) == matrix],
-            "param_names": [n for n, p in model.named_parameters() if (p.ndim == 2) == matrix],
-            "fused": False,
-            "foreach": True,
-            "lr": 0.01,
-            **keys,
-        }
-        for matrix, keys in kinds.items()
-    ]
+def titan_job(name, folder, mesh):
+    """What torchtitan's Trainer makes: a sharded model, the container, and torchtitan's schedule and checkpoints."""
+    model = fully_shard(net(), mesh=mesh)
+    projected = {"rank": 3, "update_proj_gap": 2, "lr": 0.01, "weight_decay": 0.1} | extra(name)
+    rest = {"lr": 0.01, "betas": (0.8, 0.9)}
+    optimizers = SubspaceOptimizersContainer.Config(
+        implementation="foreach",
+        param_groups=[
+            ParamGroupConfig(pattern="0.weight", optimizer_name=name, optimizer_kwargs=projected),
+            ParamGroupConfig(pattern="weight", optimizer_name="apollo", optimizer_kwargs=projected),
+            ParamGroupConfig(pattern="0.bias", optimizer_name=name, optimizer_kwargs=rest),
+            ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=rest),
+        ],
+    ).build(model_parts=[model])
+    schedule = LRSchedulersContainer.Config(warmup_steps=3).build(optimizers=optimizers, training_steps=9)
+    config = CheckpointManager.Config(enable=True, interval=4, keep_latest_k=0)
+    parts = {"model_parts": [model], "optimizers": optimizers, "lr_schedulers": schedule, "states": {}}
+    return model, optimizers, schedule, config.build(dataloader=None, sd_adapter=None, base_folder=folder, **parts)
 
 
-def materialise(opt):
-    """torchtitan and DCP: one step of zero gradients at lr 0, where there is no state."""
-    if opt.state:
-        return
-    for group in opt.param_groups:
-        for param in group["params"]:
-            param.grad = torch.zeros_like(param)
-    rates = [group["lr"] for group in opt.param_groups]
-    for group in opt.param_groups:
-        group["lr"] = 0.0
-    opt.step(closure=None)
-    for group, rate in zip(opt.param_groups, rates):
-        group["lr"] = rate
-    opt.zero_grad(set_to_none=True)
+@pytest.mark.parametrize("name", FIVE)
+@pytest.mark.filterwarnings("ignore:To get the last learning rate:UserWarning:torch.*")  # torchtitan's call
+def test_a_run_of_torchtitan_goes_on_bit_for_bit(name, mesh, tmp_path):
+    """From its checkpoint on disk, into a run that has no state but what torchtitan makes by a step of zeros."""
+
+    def run(job, steps):
+        model, optimizers, schedule, checkpoints = job
+        for step in steps:
+            train(model, optimizers, [step])
+            schedule.step()
+            checkpoints.save(step)
+        return snapshot(dict(model.named_parameters()))
+
+    first, second = (titan_job(name, str(tmp_path), mesh) for _ in range(2))
+    assert [type(opt) for opt in first[1]] == [so.OPTIMIZERS[name], so.APOLLO, torch.optim.AdamW]
+    run(first, range(1, 5))
+    assert second[3].load()
+    wanted = run(first, range(5, 8))
+    assert_same(run(second, range(5, 8)), wanted)
 
 
-def flattened(opt):
-    """One key for each value: state.{name}.{key} and param_groups.{name}.{key}."""
-    materialise(opt)
-    state_dict, flat = opt.state_dict(), {}
-    for group in state_dict["param_groups"]:
-        for name, index in zip(group["param_names"], group["params"]):
-            for key, value in state_dict["state"][index].items():
-                assert isinstance(value, torch.Tensor | int | float), key
-                flat[f"state.{name}.{key}"] = value.clone() if isinstance(value, torch.Tensor) else value
-            for key, value in group.items():
-                if key not in ("params", "param_names"):
-                    flat[f"param_groups.{name}.{key}"] = value
-    return flat
-
-
-def load_flattened(opt, flat):
-    """As torchtitan does it: every state and group key of the fresh optimizer must be in the checkpoint."""
-    materialise(opt)
-    state, groups, index = {}, [], 0
-    for group in opt.param_groups:
-        indices = []
-        for name, param in zip(group["param_names"], group["params"]):
-            state[index] = {key: flat[f"state.{name}.{key}"] for key in opt.state[param]}
-            indices.append(index)
-            index += 1
-        first = group["param_names"][0]
-        keys = [key for key in group if key not in ("params", "param_names")]
-        groups.append({"params": indices, **{key: flat[f"param_groups.{first}.{key}"] for key in keys}})
-    opt.load_state_dict({"state": state, "param_groups": groups})
-
-
-@pytest.mark.parametrize("name", [*FIVE, "apollo"])
-def test_torchtitans_flat_state_goes_on_bit_for_bit(name):
-    model = net()
-    before = snapshot(dict(model.named_parameters()))
-    opt = so.OPTIMIZERS[name](titan_groups(model))
-    flattened(opt)
-    assert_same(snapshot(dict(model.named_parameters())), before)
-    train(model, opt, range(3))
-    flat, weights = flattened(opt), snapshot(dict(model.named_parameters()))
-    train(model, opt, range(3, 6))
-
-    resumed = net()
-    resumed.load_state_dict(weights)
-    fresh = so.OPTIMIZERS[name](titan_groups(resumed))
-    load_flattened(fresh, flat)
-    train(resumed, fresh, range(3, 6))
-    assert_same(snapshot(dict(resumed.named_parameters())), snapshot(dict(model.named_parameters())))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_real_torchtitan_container():
-    pytest.importorskip("torchtitan", reason="torchtitan is not installed; its contract is what the other tests follow")
-    from torchtitan.components.optimizer import ParamGroupConfig
-
-    from subspace_optim.integrations.torchtitan import SubspaceOptimizersContainer
-
-    def container(model):
-        projected = {"rank": 3, "update_proj_gap": 2, "lr": 0.01}
-        return SubspaceOptimizersContainer.Config(
-            implementation="foreach",
-            param_groups=[
-                ParamGroupConfig(pattern="0.weight", optimizer_name="galore", optimizer_kwargs=projected),
-                ParamGroupConfig(pattern="weight", optimizer_name="flora", optimizer_kwargs=projected),
-                ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs={"lr": 0.01}),
-            ],
-        ).build(model_parts=[model])
-
-    model, resumed = net(), net()
-    opts, fresh = container(model), container(resumed)
-    assert [type(opt) for opt in opts] == [so.GaLore, so.Flora, torch.optim.AdamW]
-    train(model, opts, range(3))
-    resumed.load_state_dict(model.state_dict())
-    saved = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in opts.state_dict().items()}
-    fresh.load_state_dict(saved)
-    train(model, opts, range(3, 6))
-    train(resumed, fresh, range(3, 6))
-    assert_same(snapshot(dict(resumed.named_parameters())), snapshot(dict(model.named_parameters())))
+def test_torchtitan_refuses_a_name_that_nobody_has():
+    config = SubspaceOptimizersContainer.Config(param_groups=[ParamGroupConfig(pattern=".*", optimizer_name="galor")])
+    with pytest.raises(NotImplementedError, match="galor"):
+        config.build(model_parts=[net()])

@@ -13,12 +13,14 @@ import emulated
 import pytest
 import torch
 from buckets import (
+    PARTS,
     assert_coded_alike,
     bucket,
     coded_bucket,
     error,
     length_bucket,
     members,
+    part_and_whole,
     some_unusable,
     step_coded,
     step_lengths,
@@ -346,6 +348,16 @@ def test_stochastic_rounding_has_the_bits_of_philox():
             kernels.write_(got, value, torch.tensor(float(step)), seed)
             philox.stochastic_round_(want, value.clone(), seed, step)
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, halves, request):
+    if halves:
+        request.getfixturevalue("two_halves")
+    mine, wanted = part_and_whole(kernels, side, *part)
+    assert all(map(torch.equal, mine, wanted))
 
 
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from buckets import PARTS, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
 from subspace_optim import _ext, ops, philox
 from subspace_optim.kernels import native, reference
+from subspace_optim.projectors import exact_products
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
 
@@ -24,9 +26,17 @@ pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DENSE = ((), (1,), (0,), (7,), (1025,), (3, 5, 7), (129, 257))
+EMPTY = (((0, 9), 2), ((9, 0), 2))  # shards of which a rank has nothing
 MATRICES = (((1, 2), 1), ((37, 53), 3), ((53, 37), 5), ((300, 700), 9))  # the last in several blocks and chunks
 SIDES = ("left", "right", "both")
 CASES = [(shape, 0, None) for shape in DENSE] + [(shape, rank, side) for shape, rank in MATRICES for side in SIDES]
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    """What is compared to the last bits multiplies as the reference does; test_products.py has the other ways."""
+    with exact_products():
+        yield
 
 
 @dataclass
@@ -334,6 +344,21 @@ def test_stochastic_rounding_has_the_bits_of_philox():
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(("shape", "rank"), EMPTY, ids=str)
+def test_empty_matrices(shape, rank, side, dtype):
+    assert_same_step(Lists.random(shape, rank, side, dtype))
+
+
+@pytest.mark.parametrize("kernel", [native, reference], ids=["native", "reference"])
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("side", [None, "right", "left"])
+def test_parts_are_rounded_as_the_whole(side, part, kernel):
+    mine, wanted = part_and_whole(kernel, side, *part)
+    assert all(map(torch.equal, mine, wanted))
+
+
 # ---- threads and instruction sets -----------------------------------------------------------------------------------
 
 
@@ -418,16 +443,8 @@ def arguments(name, lists, transform="none"):
             *(lists.exp_avg_sqs, lists.steps, 0.9, 0.99, 1e-8, kind, False),
         ),
         "apply_": (
-            lists.params,
-            lists.exp_avgs,
-            lists.bases,
-            lists.steps,
-            lists.seeds,
-            lists.lr,
-            0.1,
-            0.5,
-            side,
-            False,
+            *(lists.params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side),
+            *(False, philox.ALL),
         ),
         "weight_norm_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages(0, 0), lists.bases),
@@ -440,7 +457,7 @@ def arguments(name, lists, transform="none"):
         ),
         "projected_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.bases, lists.steps, lists.seeds),
-            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
+            *(lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind, philox.ALL),
         ),
     }[name]
 
@@ -522,4 +539,5 @@ def test_optimizers(method, dtype):
 
 
 if __name__ == "__main__":
-    print(_ext.isa(), digest())  # noqa: T201
+    with exact_products():
+        print(_ext.isa(), digest())  # noqa: T201

@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "subspace_optim"
 
 # From the ground up. A name is a module or a folder of this package; what shares a name may import each other.
 LAYERS = (
+    ("philox",),
     ("distributed",),
-    ("types", "philox", "_ext", "sizes"),
+    ("types", "_ext", "sizes"),
     ("hyperparameters", "kernels", "kernels.reference"),
     ("storage",),
     ("ops",),
-    ("kernels.native", "kernels.triton", "kernels.cuda"),
+    ("kernels.native", "kernels.triton", "kernels.cuda", "kernels.compiled"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
     ("monitor", "state"),

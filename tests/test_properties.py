@@ -19,7 +19,7 @@ from hypothesis import assume, example, given
 import subspace_optim as so
 from subspace_optim import philox
 from subspace_optim.kernels import reference
-from subspace_optim.projectors import UNSET
+from subspace_optim.projectors import UNSET, cholesky_qr
 from subspace_optim.rules import carried
 from subspace_optim.types import Bucket, make_plan
 
@@ -180,6 +180,24 @@ def test_exact_svd_leaves_the_smallest_residual(problem):
     residual = G - reference.back(reference.project([G], bases, plan.side, F64)[0], bases, plan.side)
     left_out = torch.linalg.svdvals(G)[problem.rank :]
     assert float(residual.square().sum()) == pytest.approx(float(left_out.square().sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decades", [0, 3, 6])  # the shift of the subspace iteration leaves no more than six
+def test_cholesky_qr_is_qr(decades, dtype):
+    rng = torch.Generator().manual_seed(decades)
+    x = torch.randn(3, 60, 20, generator=rng, dtype=F64) * 10.0 ** -torch.linspace(0, decades, 20, dtype=F64)
+    q, exact = cholesky_qr(x.to(dtype)), torch.linalg.qr(x)[0]
+    assert torch.dist(q.mT @ q, torch.eye(20, dtype=dtype)) < 20 * ROUNDING[dtype]
+    # An error of x, relative to its largest column, turns the smallest one by as much more as it is smaller.
+    assert torch.dist(q.double() @ q.double().mT, exact @ exact.mT) < 10**decades * ROUNDING[dtype]
+
+
+def test_cholesky_qr_says_where_it_is_none():
+    x = torch.randn(2, 60, 20, generator=torch.Generator().manual_seed(0))
+    x[1, :, 3] = x[1, :, 4]
+    assert cholesky_qr(x) is None
+    assert cholesky_qr(torch.full_like(x, math.nan)) is None
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)], ids=str)

@@ -15,6 +15,7 @@ from training import FIVE, RANK, assert_same, groups, net, noise, peak_bytes, se
 import subspace_optim as so
 from subspace_optim import storage
 from subspace_optim.kernels import native, reference
+from subspace_optim.philox import Window
 from subspace_optim.storage import Codec, codecs, nbytes, values
 from subspace_optim.types import BLOCK, TRANSFORMS, make_plan
 
@@ -223,7 +224,8 @@ def adam_on_codes(
         pairs = zip(kept, [codec[0]] * count + [codec[1]] * count)
         moments = [own.decode(*pair, wide, kernel) for pair, own in pairs]
         kernel.projected_adam_(
-            *(params, grads, moments[:count], moments[count:], [], steps, seeds, *rest, None, transform)
+            *(params, grads, moments[:count], moments[count:], [], steps, seeds, *rest, None, transform),
+            window=Window(begin),
         )
         for i, moment in enumerate(moments):
             codec[i // count].encode_(moment, codes[i], scales[i], streams[i], steps[i % count], kernel, begin)

@@ -28,12 +28,12 @@ SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 1013
 REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-INTEGERS = ("size", "m", "n", "rank", "count")
+INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 TYPES |= {"kept": "*i64"} | dict.fromkeys(("signed", "unsigned", "lengths", "squares"), "*fp32")
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
-TYPES |= {"seed": "i64", "begin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
+TYPES |= {"seed": "i64", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {
     "ALIGN": 16,
     "LR": -1,
@@ -61,7 +61,7 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=F
     names = kernel.arg_names
     constants |= {} if rows else {"lengths": None, "squares": None}
     constants = {name: value for name, value in constants.items() if name in names}
-    multiples = {"table", "corrections", "size", "m", "n", "rank"} - (set() if aligned else {"n"})
+    multiples = {"table", "corrections", "size", "m", "n", "rank", "pitch"} - (set() if aligned else {"n", "pitch"})
     multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
     source = ASTSource(
         fn=kernel,
@@ -83,8 +83,10 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=F
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", kernels._advance, {"BLOCK": 128}
-    elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "NOISE": True, "GRAMS": False, "CAUTIOUS": True}
-    yield "elementwise", kernels._elementwise, elements | {"BLOCK": kernels._BLOCK}
+    elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
+    for noise in (8, 1):
+        what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
+        yield f"elementwise, noise {noise}", kernels._elementwise, what
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}

@@ -17,6 +17,13 @@ struct Source {
   Dtype dtype;
 };
 
+// Random numbers, of which an element of a tensor uses the half-word that its window names.
+struct Stream {
+  uint64_t seed;
+  uint32_t step;
+  Window window;
+};
+
 // W ← decay·W + factor·U; bfloat16 rounds stochastically where that is asked for.
 template <class A>
 struct Target {
@@ -24,8 +31,7 @@ struct Target {
   Dtype dtype;
   A decay, factor;
   bool stochastic;
-  uint64_t seed;
-  uint32_t step;
+  Stream stream;
 };
 
 // A float32 tensor as codes: `rows` rows of `length` elements, each in blocks that share a scale. The rows of a tensor
@@ -39,13 +45,6 @@ struct Coded {
   bool packed, columns;
 };
 
-// Random numbers, of which element i of a tensor in the order of its blocks uses half-word origin + i.
-struct Stream {
-  uint64_t seed;
-  uint32_t step;
-  int64_t origin;
-};
-
 // All ranges are of element indices into contiguous tensors. A is the type of the moments and of all arithmetic; a
 // float64 source or target goes with float64 only.
 template <class A>
@@ -56,8 +55,8 @@ struct Kernels {
   // By Transform. The same for a dense tensor, and N goes into the parameter at once. "cautious" finds its moments
   // advanced, since its scale is known only after a first pass.
   void (*step[3])(const Adam<A>&, Source r, A* m, A* v, const Target<A>&, int64_t begin, int64_t end);
-  // U, or its sign, starts at the element `begin` of the target.
-  void (*write)(const Target<A>&, const A* u, bool sign, int64_t begin, int64_t end);
+  // U, or its sign; it holds the elements of the target from `first` on.
+  void (*write)(const Target<A>&, Source u, bool sign, int64_t first, int64_t begin, int64_t end);
   // The largest absolute value; NaN if there is one.
   A (*absmax)(Source, int64_t begin, int64_t end);
   // Of each of `rows` rows, from the element `begin` on: ρ = ‖w‖, ĝ = ⟨g, w⟩/ρ and t = g - (ĝ/ρ)w; of a zero row t = g.
@@ -83,6 +82,7 @@ struct Kernels {
 
 struct Table {
   const char* isa;
+  bool multiplies_bfloat16;  // faster than float32: set by dispatch.cpp
   // Rows [begin, end) of x into codes, by a stream stochastically, without one to nearest.
   void (*encode)(const Coded&, const float* x, const Stream*, int64_t begin, int64_t end);
   void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);

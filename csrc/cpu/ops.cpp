@@ -150,12 +150,13 @@ struct Writing {
   bool sign;                    // of the update instead of the update
   std::optional<int64_t> seed;  // of the rounding
   double step;
+  Window window = {};
 
   template <class A>
   Target<A> into(const Tensor& param) const {
     STD_TORCH_CHECK(is_double(param) == (sizeof(A) == sizeof(double)), "a float64 parameter has float64 moments");
     return {param.mutable_data_ptr(), dtype_of(param), static_cast<A>(decay), static_cast<A>(factor),
-            seed.has_value(), static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step)};
+            seed.has_value(), {static_cast<uint64_t>(seed.value_or(0)), static_cast<uint32_t>(step), window}};
   }
 };
 
@@ -191,14 +192,12 @@ int64_t adam(Transform transform, const Adam<A>& h, const Tensor& r, const Tenso
   return kept;
 }
 
-// U holds the elements of the target from `offset` on.
+// U holds the elements of the target from `first` on.
 template <class A>
-void write(const Target<A>& t, const Tensor& u, bool sign, int64_t offset = 0) {
-  const A* data = u.const_data_ptr<A>();
+void write(const Target<A>& t, const Tensor& u, bool sign, int64_t first = 0) {
+  const Source data = source(u);
   const auto loop = kernels().of<A>().write;
-  over_chunks(u.numel(), [&](int64_t begin, int64_t end) {
-    loop(t, data + begin, sign, offset + begin, offset + end);
-  });
+  over_chunks(u.numel(), [&](int64_t begin, int64_t end) { loop(t, data, sign, first, first + begin, first + end); });
 }
 
 // ---- one matrix -----------------------------------------------------------------------------------------------------
@@ -207,33 +206,72 @@ struct Subspace {
   std::optional<Tensor> left, right;  // (m, r), (n, r); both empty: dense
 
   bool dense() const { return !left && !right; }
+  Subspace as(ScalarType type) const {
+    const auto cast = [=](const auto& q) { return q ? std::optional(torch::stable::to(*q, type)) : std::nullopt; };
+    return {cast(left), cast(right)};
+  }
 };
 
-// `multiply` of whole G (m, n) if it has the type of the arithmetic; otherwise of converted blocks of rows or columns,
-// so that no m×n copy exists.
-template <class A, class F>
+// Lines of a block; of an empty shard they have no elements.
+int64_t lines_of(int64_t length) { return std::max<int64_t>(16, kBlock / std::max<int64_t>(1, length)); }
+
+enum Products : int64_t { kExact, kOwn, kRounded };  // the order of PRODUCTS in ops.py
+
+// The type of products with a gradient or a parameter. Those in bfloat16 have float32 sums; G, the bases, R, N and
+// back(N) are each rounded once, by at most 2^-9 of what they are.
+template <class A>
+ScalarType product_type(const Tensor& t, int64_t products) {
+  const bool rounds = products == kRounded || (products == kOwn && t.scalar_type() == ScalarType::BFloat16);
+  return rounds && !is_double(t) && kernels().multiplies_bfloat16 ? ScalarType::BFloat16 : scalar_type<A>;
+}
+
+// out ← beta·out + alpha·a b, where a and b are rounded to `type`, and if that is not out's own, a b as well.
+template <class A>
+void product_in(ScalarType type, Tensor out, const Tensor& a, const Tensor& b, double beta, double alpha,
+                Scratch& scratch) {
+  if (type == scalar_type<A>) return product(out, a, b, beta, alpha);
+  if (beta == 0) torch::stable::zero_(out);
+  const Tensor factor = torch::stable::to(b, type);
+  const Target<A> t{out.mutable_data_ptr(), dtype_of(out), static_cast<A>(beta), static_cast<A>(alpha), false, {}};
+  const int64_t rows = out.size(0), columns = out.size(1), step = lines_of(columns);
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin);
+    const Tensor rounded = scratch.take(out, type, {count, columns});
+    product(rounded, torch::stable::to(part(a, 0, begin, count), type), factor);
+    write(t, rounded, false, begin * columns);
+  }
+}
+
+// `multiply` of whole G (m, n) if it has the type of `out`; otherwise of converted blocks of rows or columns, so that no
+// m×n copy exists.
+template <class F>
 void over_blocks(const Tensor& grad, int64_t dim, const Tensor& out, Scratch& scratch, const F& multiply) {
-  if (grad.scalar_type() == scalar_type<A>) return multiply(out, grad);
-  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = std::max<int64_t>(16, kBlock / other);
+  if (grad.scalar_type() == out.scalar_type()) return multiply(out, grad);
+  const int64_t size = grad.size(dim), other = grad.size(1 - dim), step = lines_of(other);
   for (int64_t begin = 0; begin < size; begin += step) {
     const int64_t count = std::min(step, size - begin);
     const auto shape = dim == 0 ? std::vector{count, other} : std::vector{other, count};
-    Tensor block = scratch.take(out, scalar_type<A>, shape);
+    Tensor block = scratch.take(out, out.scalar_type(), shape);
     torch::stable::copy_(block, part(grad, dim, begin, count));
     multiply(part(out, dim, begin, count), block);
   }
 }
 
-// R ← G Q, Pᵀ G or Pᵀ G Q.
-template <class A>
-void project(const Tensor& low, const Tensor& grad, const Subspace& s, Scratch& scratch) {
+// R ← G Q, Pᵀ G or Pᵀ G Q, multiplied in `type`.
+void project(ScalarType type, Tensor low, const Tensor& grad, const Subspace& s, Scratch& scratch) {
+  if (type != low.scalar_type()) {
+    const Tensor rounded = torch::stable::new_empty(low, std::vector{low.size(0), low.size(1)}, type);
+    project(type, rounded, grad, s.as(type), scratch);
+    torch::stable::copy_(low, rounded);
+    return;
+  }
   if (!s.left) {
-    over_blocks<A>(grad, 0, low, scratch, [&](const Tensor& out, const Tensor& g) { product(out, g, *s.right); });
+    over_blocks(grad, 0, low, scratch, [&](const Tensor& out, const Tensor& g) { product(out, g, *s.right); });
     return;
   }
   const Tensor half = s.right ? torch::stable::new_empty(low, std::vector{low.size(0), grad.size(1)}) : low;
   const Tensor adjoint = transposed(*s.left);
-  over_blocks<A>(grad, 1, half, scratch, [&](const Tensor& out, const Tensor& g) { product(out, adjoint, g); });
+  over_blocks(grad, 1, half, scratch, [&](const Tensor& out, const Tensor& g) { product(out, adjoint, g); });
   if (s.right) product(low, half, *s.right);
 }
 
@@ -246,8 +284,10 @@ std::pair<Tensor, Tensor> back_factors(const Tensor& update, const Subspace& s) 
 
 // Where torch's product can write the parameter it does; otherwise blocks of back(N) are rounded into it, each once.
 template <class A>
-void apply(const Tensor& param, const Tensor& update, const Subspace& s, const Writing& how, Scratch& scratch) {
-  if (!s.dense() && param.scalar_type() == scalar_type<A> && !how.sign) {
+void apply(int64_t products, const Tensor& param, const Tensor& update, const Subspace& s, const Writing& how,
+           Scratch& scratch) {
+  const ScalarType type = product_type<A>(param, products);
+  if (!s.dense() && param.scalar_type() == type && type == scalar_type<A> && !how.sign) {
     const auto [a, b] = back_factors(update, s);
     return product(param, a, b, how.decay, how.factor);
   }
@@ -257,11 +297,12 @@ void apply(const Tensor& param, const Tensor& update, const Subspace& s, const W
     STD_TORCH_CHECK(update.numel() == param.numel(), "a dense update must have the shape of its parameter");
     write(t, update, how.sign);
   } else {
-    const auto [a, b] = back_factors(update, s);
-    const int64_t rows = param.size(0), columns = param.size(1), step = std::max<int64_t>(16, kBlock / columns);
+    const auto factors = back_factors(update, s);
+    const Tensor a = torch::stable::to(factors.first, type), b = torch::stable::to(factors.second, type);
+    const int64_t rows = param.size(0), columns = param.size(1), step = lines_of(columns);
     for (int64_t begin = 0; begin < rows; begin += step) {
       const int64_t count = std::min(step, rows - begin);
-      const Tensor block = scratch.take(update, scalar_type<A>, {count, columns});
+      const Tensor block = scratch.take(update, type, {count, columns});
       product(block, part(a, 0, begin, count), b);
       write(t, block, how.sign, begin * columns);
     }
@@ -289,10 +330,11 @@ void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& para
 
 // Adam on the directions of rows and on their lengths: two passes over W in blocks of rows, one of them over G as well.
 template <class A>
-void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m, const Tensor& v,
-               const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step, double rate,
-               double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks, Scratch& lows) {
-  const int64_t rows = param.size(0), columns = param.size(1), most = std::max<int64_t>(16, kBlock / columns);
+void step_rows(int64_t products, const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m,
+               const Tensor& v, const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step,
+               double rate, double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks,
+               Scratch& lows) {
+  const int64_t rows = param.size(0), columns = param.size(1), most = lines_of(columns);
   const Adam<A> h = adam_at<A>(options, step);
   const auto loops = kernels().of<A>();
   const auto over_blocks_of_rows = [&](const auto& f) {
@@ -306,6 +348,9 @@ void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& gr
   Written w(param);
   const Tensor g = readable<A>(grad);
   const Source weights = source(w.memory), gradient = source(g);
+  const ScalarType type = product_type<A>(grad, products);
+  const Subspace basis = s.as(type);
+  Scratch rounded;
   const Tensor low = lows.take(m, scalar_type<A>, {m.size(0), m.size(1)});
   const Tensor half = s.left && s.right ? torch::stable::new_empty(low, std::vector{low.size(0), columns}) : low;
   over_blocks_of_rows([&](int64_t begin, int64_t count, const Tensor& block) {
@@ -315,9 +360,9 @@ void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& gr
                     growth.data() + begin + first, norm.data() + begin + first);
     });
     if (s.left) {
-      product(half, transposed(part(*s.left, 0, begin, count)), block, begin > 0 ? 1 : 0);
+      product_in<A>(type, half, transposed(part(*basis.left, 0, begin, count)), block, begin > 0 ? 1 : 0, 1, rounded);
     } else {
-      product(part(low, 0, begin, count), block, *s.right);
+      product_in<A>(type, part(low, 0, begin, count), block, *basis.right, 0, 1, rounded);
     }
   });
   if (s.left && s.right) product(low, half, *s.right);
@@ -330,12 +375,13 @@ void step_rows(const AdamOptions& options, const Tensor& param, const Tensor& gr
   const A decay = static_cast<A>(1 - rate * weight_decay), lr = static_cast<A>(rate);
   for (int64_t i = 0; i < rows; ++i) growth[i] = std::max<A>(norm[i] * decay - lr * growth[i], 0);
 
-  const auto [a, b] = back_factors(low, s);
+  const auto factors = back_factors(low, s);
+  const Tensor a = torch::stable::to(factors.first, type), b = torch::stable::to(factors.second, type);
   const double factor = -rate * scale * cautious_scale(options.transform, kept, low.numel());
   const Target<A> target = Writing{0, 1, false, seed, step}.into<A>(w.memory);
-  over_blocks_of_rows([&, &a = a, &b = b](int64_t begin, int64_t count, Tensor block) {
+  over_blocks_of_rows([&](int64_t begin, int64_t count, Tensor block) {
     torch::stable::copy_(block, part(w.memory, 0, begin, count));
-    product(block, part(a, 0, begin, count), b, 1, factor);
+    product_in<A>(type, block, part(a, 0, begin, count), b, 1, factor, rounded);
     const A* moved = block.const_data_ptr<A>();
     over_rows(count, columns, [&](int64_t from, int64_t to) {
       loops.write_rows(target, moved + from * columns, norm.data() + begin + from, growth.data() + begin + from,
@@ -361,9 +407,9 @@ struct FloraOptions {
 
 // Adafactor on the whole gradient with a compressed momentum; D is the one temporary as large as the matrix.
 template <class A>
-void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& grad, const Tensor& momentum,
-                     const Tensor& row_average, const Tensor& column_average, const Subspace& before,
-                     const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
+void step_compressed(int64_t products, const FloraOptions& o, const Tensor& param, const Tensor& grad,
+                     const Tensor& momentum, const Tensor& row_average, const Tensor& column_average,
+                     const Subspace& before, const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
                      Scratch& wholes, Scratch& lows) {
   const int64_t rows = param.size(0), columns = param.size(1), count = rows * columns;
   const auto loops = kernels().of<A>();
@@ -390,9 +436,11 @@ void step_compressed(const FloraOptions& o, const Tensor& param, const Tensor& g
     loops.scale(g, first * columns, last - first, columns, row.data() + first, column.data(), d + first * columns);
   });
   const Tensor low = lows.take(momentum, scalar_type<A>, {momentum.size(0), momentum.size(1)});
-  project<A>(low, whole, now, wholes);
+  const ScalarType type = product_type<A>(grad, products);
+  Scratch blocks;
+  project(type, low, whole, now, blocks);
   const auto [a, b] = back_factors(momentum, before);
-  product(whole, a, b, 1, o.beta1);
+  product_in<A>(type, whole, a, b, 1, o.beta1, blocks);
   Tensor history = momentum;
   if (carried) {
     if (now.left) history = product_of(transposed(product_of(transposed(*before.left), *now.left)), history);
@@ -445,7 +493,12 @@ std::optional<int64_t> seed_of(const std::vector<int64_t>& seeds, size_t i) {
   return seeds.empty() ? std::nullopt : std::optional(seeds.at(i));
 }
 
-Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype) {
+Window window_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 3 && numbers[1] > 0, "a window is an origin, columns and a pitch");
+  return {numbers[0], numbers[1], numbers[2]};
+}
+
+Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype, int64_t products) {
   STD_TORCH_CHECK(side != kDense, "a dense gradient needs no projection");
   const auto spaces = subspaces(bases, side, grads.size());
   Tensors lows;
@@ -454,7 +507,9 @@ Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype)
     const auto& [left, right] = spaces[i];
     const std::vector shape{left ? left->size(1) : grads[i].size(0), right ? right->size(1) : grads[i].size(1)};
     lows.push_back(torch::stable::new_empty(grads[i], shape, dtype));
-    with_type_of(lows[i], [&](auto zero) { project<decltype(zero)>(lows[i], grads[i], spaces[i], scratch); });
+    with_type_of(lows[i], [&](auto zero) {
+      project(product_type<decltype(zero)>(grads[i], products), lows[i], grads[i], spaces[i], scratch);
+    });
   }
   return lows;
 }
@@ -486,25 +541,28 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
 }
 
 void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
-              double weight_decay, double scale, int64_t side, bool sign) {
+              double weight_decay, double scale, int64_t side, bool sign, std::vector<int64_t> window,
+              int64_t products) {
   check(updates.size() == params.size() && steps.size() == params.size());
   check(seeds.empty() || seeds.size() == params.size());
   const auto spaces = subspaces(bases, side, params.size());
   const auto rate = rates(lr, params.size());
   Scratch scratch;
   for (size_t i = 0; i < params.size(); ++i) {
-    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i])};
+    const Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, sign, seed_of(seeds, i), value(steps[i]),
+                      window_of(window)};
     with_type_of(params[i], [&](auto zero) {
       using A = decltype(zero);
       const Tensor update = torch::stable::contiguous(torch::stable::to(updates[i], scalar_type<A>));
-      apply<A>(params[i], update, spaces[i], how, scratch);
+      apply<A>(products, params[i], update, spaces[i], how, scratch);
     });
   }
 }
 
 void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors bases,
                        Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double beta2, double eps,
-                       double weight_decay, double scale, int64_t side, int64_t transform) {
+                       double weight_decay, double scale, int64_t side, int64_t transform,
+                       std::vector<int64_t> window, int64_t products) {
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
   check(seeds.empty() || seeds.size() == count);
@@ -517,18 +575,18 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, window_of(window)};
       Written m(exp_avgs[i]), v(exp_avg_sqs[i]);
       if (spaces[i].dense()) {
         step_dense<A>(options, h, params[i], readable<A>(grads[i]), m.memory, v.memory, how);
       } else {
         const auto sizes = m.memory.sizes();
         const Tensor low = lows.take(m.memory, scalar_type<A>, {sizes.begin(), sizes.end()});
-        project<A>(low, grads[i], spaces[i], blocks);
+        project(product_type<A>(grads[i], products), low, grads[i], spaces[i], blocks);
         A* n = low.template mutable_data_ptr<A>();
         const int64_t kept = adam<A>(options.transform, h, low, m.memory, v.memory, n);
         how.factor *= cautious_scale(options.transform, kept, low.numel());
-        apply<A>(params[i], low, spaces[i], how, blocks);
+        apply<A>(products, params[i], low, spaces[i], how, blocks);
       }
       m.finish();
       v.finish();
@@ -539,7 +597,7 @@ void projected_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors 
 void weight_norm_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors length_avgs,
                          Tensors length_avg_sqs, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
                          double beta1, double beta2, double eps, double weight_decay, double scale, int64_t side,
-                         int64_t transform) {
+                         int64_t transform, int64_t products) {
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count && steps.size() == count);
   check(length_avgs.size() == count && length_avg_sqs.size() == count && (seeds.empty() || seeds.size() == count));
@@ -555,8 +613,8 @@ void weight_norm_adam_op(Tensors params, Tensors grads, Tensors exp_avgs, Tensor
       STD_TORCH_CHECK(grads[i].numel() == params[i].numel(), "shapes differ");
       STD_TORCH_CHECK(length_avgs[i].numel() == rows && length_avg_sqs[i].numel() == rows, "one length a row");
       Written m(exp_avgs[i]), v(exp_avg_sqs[i]), length_m(length_avgs[i]), length_v(length_avg_sqs[i]);
-      step_rows<A>(options, params[i], grads[i], m.memory, v.memory, length_m.memory, length_v.memory, spaces[i],
-                   increment(steps[i]), rate[i], weight_decay, scale, seed_of(seeds, i), blocks, lows);
+      step_rows<A>(products, options, params[i], grads[i], m.memory, v.memory, length_m.memory, length_v.memory,
+                   spaces[i], increment(steps[i]), rate[i], weight_decay, scale, seed_of(seeds, i), blocks, lows);
       m.finish();
       v.finish();
       length_m.finish();
@@ -569,7 +627,7 @@ void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Te
                              Tensors column_averages, Tensors previous, Tensors bases, std::vector<bool> carried,
                              Tensors steps, std::vector<int64_t> seeds, Tensor lr, double beta1, double decay_rate,
                              double clip_threshold, double weight_decay, double scale, int64_t side,
-                             int64_t transform) {
+                             int64_t transform, int64_t products) {
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && carried.size() == count && steps.size() == count);
   check(row_averages.size() == count && column_averages.size() == count && (seeds.empty() || seeds.size() == count));
@@ -585,7 +643,7 @@ void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Te
       STD_TORCH_CHECK(row_averages[i].numel() == params[i].size(0), "one average a row");
       STD_TORCH_CHECK(column_averages[i].numel() == params[i].size(1), "one average a column");
       Written m(exp_avgs[i]), row(row_averages[i]), column(column_averages[i]);
-      step_compressed<A>(options, params[i], grads[i], m.memory, row.memory, column.memory, before[i], now[i],
+      step_compressed<A>(products, options, params[i], grads[i], m.memory, row.memory, column.memory, before[i], now[i],
                          carried[i], increment(steps[i]), rate[i], seed_of(seeds, i), wholes, lows);
       m.finish();
       row.finish();
@@ -650,7 +708,7 @@ void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis
   STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
   const float* data = wide.const_data_ptr<float>();
   const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
-  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, origin};
+  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, {origin}};
   const auto loop = kernels().encode;
   over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
 }
@@ -682,13 +740,13 @@ void coded_adam_op(Tensors params, Tensors grads, Tensors codes, Tensors scales,
       using A = decltype(zero);
       const double step = increment(steps[i]);
       const Adam<A> h = adam_at<A>(options, step);
-      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step};
+      Writing how{1 - rate[i] * weight_decay, -rate[i] * scale, false, seed_of(seeds, i), step, {origin}};
       const int64_t length = params[i].size(params[i].dim() + axis);
       const auto moment = [&](size_t j) {
         return coded(codes[j * count + i], scales[j * count + i], tables[j], axis, length);
       };
       const auto stream = [&](size_t j) {
-        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), origin};
+        return Stream{static_cast<uint64_t>(streams[j * count + i]), static_cast<uint32_t>(step), {origin}};
       };
       const Coded m = moment(0), v = moment(1);
       const Stream of_m = stream(0), of_v = stream(1);
@@ -712,7 +770,7 @@ void coded_adam_op(Tensors params, Tensors grads, Tensors codes, Tensors scales,
   }
 }
 
-std::string isa_op() { return kernels().isa; }
+std::string isa_op() { return std::string(kernels().isa) + (kernels().multiplies_bfloat16 ? "_bf16" : ""); }
 
 }  // namespace
 }  // namespace sso

@@ -179,14 +179,16 @@ struct Writing {
   bool sign, stochastic;
   uint64_t seed;
   uint32_t step;
+  Window window;
 
-  SSO_DEVICE Writing(const Scalars& s, int64_t counted, bool sign, bool stochastic, uint64_t seed)
+  SSO_DEVICE Writing(const Scalars& s, int64_t counted, bool sign, bool stochastic, uint64_t seed, Window window = {})
       : decay(s.decay),
         factor(static_cast<float>(s.factor * cautious_scale(s, counted))),
         sign(sign),
         stochastic(stochastic),
         seed(seed),
-        step(s.step) {}
+        step(s.step),
+        window(window) {}
 
   // Of what `move` would write, the sum of squares.
   template <class S>
@@ -201,7 +203,8 @@ struct Writing {
     return sum;
   }
 
-  // The elements at w, all multiplied in the end; the noise is that of [first, first + count).
+  // The elements at w, all multiplied in the end; the noise is that of [first, first + count), which lie in
+  // one row of the window.
   template <class S>
   SSO_DEVICE void move(S* w, int64_t first, int count, const float (&u)[kRun], int64_t stride = 1,
                        float times = 1) const {
@@ -212,7 +215,7 @@ struct Writing {
     if constexpr (std::is_same_v<S, Bfloat16>) {
       if (stochastic) {
         uint32_t random[8];
-        noise(seed, step, first, random);
+        noise(seed, step, window.at(first), random);
         S rounded[kRun];
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {

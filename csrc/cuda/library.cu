@@ -126,13 +126,13 @@ SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, 
   });
 }
 
-// See Dense. The outputs are float32 where N is stored.
+// See Dense. The outputs are float32 where N is stored. A window of several rows has a multiple of kRun columns.
 SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, int out, int adam, int advance, int store,
                   int write, double beta1, double beta2, int transform, int64_t counted, int sign, int stochastic,
-                  void* scalars, void* stream) {
+                  int64_t origin, int64_t columns, int64_t pitch, void* scalars, void* stream) {
   if (size == 0) return 0;
   const Dense how{static_cast<Type>(in), static_cast<Type>(out), adam != 0, advance != 0, store != 0, write != 0,
-                  sign != 0, stochastic != 0, counted};
+                  sign != 0, stochastic != 0, counted, {origin, columns, pitch}};
   return over_groups(count, [&](int members, int64_t first) {
     return launch(dense, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
                   group_of(table, count, members, first), how, moments(beta1, beta2, transform),
@@ -165,8 +165,8 @@ SSO_API sso_project(int64_t count, const uint64_t* table, int left, int lines, i
 
 // W (lines, depth), or (depth, lines) where left, N and the bases, all of `type`. See Rows; null: nothing of that.
 SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
-                  int64_t counted, int sign, int stochastic, float* squares, const float* factors, const void* scalars,
-                  void* stream) {
+                  int64_t counted, int sign, int stochastic, int64_t origin, int64_t columns, int64_t pitch,
+                  float* squares, const float* factors, const void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using T = decltype(zero);
     const int64_t tiles = blocks_of(lines, kLines) * blocks_of(depth, kColumns);
@@ -174,21 +174,23 @@ SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int
     return over_groups(count, [&](int members, int64_t first) {
       const Rows own{squares ? squares + first * slices * rows : nullptr, factors ? factors + first * rows : nullptr};
       return launch(apply<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
-                    group_of(table, count, members, first), sign != 0, stochastic != 0, counted, own,
-                    static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+                    group_of(table, count, members, first), sign != 0, stochastic != 0,
+                    Window{origin, columns, pitch}, counted, own, static_cast<const Scalars*>(scalars) + first,
+                    Shape{lines, depth, rank});
     });
   });
 }
 
 // As both, for a rank of at most kColumns and a transform that needs no share: not cautious.
 SSO_API sso_fused(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
-                  double beta1, double beta2, int transform, int stochastic, const void* scalars, void* stream) {
+                  double beta1, double beta2, int transform, int stochastic, int64_t origin, int64_t columns,
+                  int64_t pitch, const void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using T = decltype(zero);
     return over_groups(count, [&](int members, int64_t first) {
       return launch(fused<T, side>, grid(blocks_of(lines, kLines), members), kThreads, fused_bytes<T, side>(rank),
                     stream, group_of(table, count, members, first), moments(beta1, beta2, transform), stochastic != 0,
-                    static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+                    Window{origin, columns, pitch}, static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
     });
   });
 }

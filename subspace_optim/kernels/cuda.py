@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
 from .reference import back, transform_
@@ -62,11 +63,11 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "shared_bytes": "ii",
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
-    "dense": "lpliiiiiiddiliipp",
+    "dense": "lpliiiiiiddiliilllpp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
-    "apply": "lpiiiiiliipppp",
-    "fused": "lpiiiiiddiipp",
+    "apply": "lpiiiiiliilllpppp",
+    "fused": "lpiiiiiddiilllpp",
     "lengths": "lpiiiddpppp",
     "project_tangents": "lpiiiiippp",
     "factors": "lppiip",
@@ -227,6 +228,11 @@ def _fits(*columns: Sequence[Tensor], bases: Sequence[Tensor] = ()) -> bool:
     )
 
 
+def _deals(window: Window, side: Side | None) -> bool:
+    """Whether the kernels can give each element its random bits: eight at a time, of one row of the window."""
+    return side is not None or window.consecutive or window.columns % 8 == 0
+
+
 def _operands(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """As the products take them: contiguous, in the type of the gradient."""
     if tensors[0].dtype == dtype and all(tensor.is_contiguous() for tensor in tensors):
@@ -284,6 +290,7 @@ def _write(
     seeds: Sequence[int],
     scalars: Tensor,
     sign: bool = False,
+    window: Window = ALL,
     counted: int = 0,
     aims: Tensor | None = None,
 ) -> None:
@@ -297,18 +304,21 @@ def _write(
         _launch(
             *("dense", device, count, _table(params, updates, seeds=seeds), params[0].numel()),
             *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_NO_ADAM.numbers),
-            *(counted, sign, len(seeds) > 0, scalars.data_ptr()),
+            *(counted, sign, len(seeds) > 0, *window, scalars.data_ptr()),
         )
         return
     if side == "both":
         lefts, rights = _halves(bases)
         float32 = torch.float32
         wide = _low(_operands(lefts, float32), _operands(updates, float32), "right", float32)  # P N
-        _write(params, wide, rights, "right", seeds, scalars, sign, counted, aims)
+        _write(params, wide, rights, "right", seeds, scalars, sign, window, counted, aims)
         return
     updates, bases = _operands(updates, kind), _operands(bases, kind)
     table = _table(params, updates, bases=bases, seeds=seeds)
-    fixed = (count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind), counted, sign, len(seeds) > 0)
+    fixed = (
+        *(count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind)),
+        *(counted, sign, len(seeds) > 0, *window),
+    )
     if aims is None:
         _launch("apply", device, *fixed, None, None, scalars.data_ptr())
         return
@@ -369,7 +379,8 @@ def _updates(lows: Sequence[Tensor], adam: _Adam, scalars: Tensor) -> list[Tenso
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
     kind = TYPES.index(lows[0].dtype)
-    _launch("dense", *where, size, kind, 0, True, True, True, False, *adam.numbers, 0, False, False, scalars.data_ptr())
+    modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL)
+    _launch("dense", *where, size, *modes, scalars.data_ptr())
     if adam.transform == "cautious":
         _launch("rescale", *where, size, scalars.data_ptr())
     return list(out)
@@ -390,21 +401,22 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if not _fits(params, updates, steps, bases=bases) or not _are_float32(steps):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+    if not _fits(params, updates, steps, bases=bases) or not _are_float32(steps) or not _deals(window, side):
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
-    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale, finite=finite), sign)
+    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale, finite=finite), sign, window)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
     """See the reference; the step stays on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
     minus_one = torch.tensor(-1.0, dtype=torch.float64)
-    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None)
+    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None, window=window)
 
 
 def projected_adam_(
@@ -423,14 +435,16 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases)
+    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases) and _deals(window, side)
     if not fits or not _are_float32(exp_avgs, exp_avg_sqs, steps):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
+            finite=finite,
         )
         return
     torch.autograd.graph.increment_version(params)
@@ -444,7 +458,7 @@ def projected_adam_(
         else:
             own = bases[at]
         part = scalars[at.start * per_tensor : at.stop * per_tensor]
-        _step(params[at], grads[at], adam, own, seeds[at], part, side)
+        _step(params[at], grads[at], adam, own, seeds[at], part, side, window)
 
 
 def _parts(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], bases: Sequence[Tensor]) -> list[slice]:
@@ -463,6 +477,7 @@ def _step(
     seeds: Sequence[int],
     scalars: Tensor,
     side: Side | None,
+    window: Window,
 ) -> None:
     kind, device, count = params[0].dtype, params[0].device, len(params)
     cautious = adam.transform == "cautious"
@@ -474,19 +489,19 @@ def _step(
             write = not (cautious and advance)
             _launch(
                 *("dense", device, count, table, params[0].numel(), *types, True, advance, False, write),
-                *(*adam.numbers, counted if write else 0, False, len(seeds) > 0, scalars.data_ptr()),
+                *(*adam.numbers, counted if write else 0, False, len(seeds) > 0, *window, scalars.data_ptr()),
             )
     elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
         same = side != "both" and grads[0].dtype == kind
         bases, low = (_operands(bases, kind), kind) if same else (bases, torch.float32)
         updates = _low(grads, bases, side, low, adam, scalars)
-        _write(params, updates, bases, side, seeds, scalars, counted=counted)
+        _write(params, updates, bases, side, seeds, scalars, window=window, counted=counted)
     else:
         bases = _operands(bases, kind)
         _launch(
             *("fused", device, count, _table(params, grads, adam, bases, seeds)),
             *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, len(seeds) > 0),
-            scalars.data_ptr(),
+            *(*window, scalars.data_ptr()),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ext, ops
+from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
 from .reference import back, transform_, write_
@@ -44,6 +45,17 @@ def detail() -> str:
     return _ext.isa()
 
 
+def _products() -> int:
+    """What the process allows the products of a step, on CPUs that multiply bfloat16 faster than float32.
+
+    torch says it of its own: "bf16" also rounds what is float32, "ieee" rounds nothing, and where nothing was said
+    bfloat16 gradients and parameters are multiplied as they are.
+    """
+    allowed = {"bf16": "rounded", "none": "own"}
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    return ops.PRODUCTS.index(allowed.get(precision, "exact"))
+
+
 def grad_max(grads: list[Tensor]) -> Tensor:
     """The largest |g| of every gradient, as float64; NaN if it has one."""
     return _ops.grad_max(grads)
@@ -53,7 +65,7 @@ def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: 
     """R for every G; half-precision gradients are converted block by block."""
     if side is None:
         return reference.project(grads, bases, side, dtype)
-    return _ops.project(grads, bases, ops.SIDES.index(side), dtype)
+    return _ops.project(grads, bases, ops.SIDES.index(side), dtype, _products())
 
 
 def adam_update_(
@@ -91,13 +103,17 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """Every W is read and written once."""
     if finite is not None:
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
-    _ops.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign)
+    _ops.apply_(
+        *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, window),
+        _products(),
+    )
     _written(params)
 
 
@@ -117,18 +133,20 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """One matrix at a time, so that R lives in the cache."""
     if finite is not None:
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
+            finite=finite,
         )
         return
     _ops.projected_adam_(
         *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform)),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform), window, _products()),
     )
     _written(params)
 
@@ -159,7 +177,7 @@ def weight_norm_adam_(
         columns = reference.taken(finite, *columns)
     _ops.weight_norm_adam_(
         *(*columns, lr, beta1, beta2, eps, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform)),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
     )
     _written(params)
 
@@ -188,6 +206,7 @@ def compressed_adafactor_(
     _ops.compressed_adafactor_(
         *(params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried, steps, seeds, lr, beta1),
         *(decay_rate, clip_threshold, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
+        _products(),
     )
     _written(params)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..philox import stochastic_round_, uniform
+from ..philox import ALL, Window, stochastic_round_, uniform
 from ..types import BLOCK, Side
 
 _CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
@@ -131,6 +131,7 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
@@ -146,6 +147,7 @@ def apply_(
         scale: α.
         side: of the plan.
         sign: take the sign after the back-projection (Lion).
+        window: which elements of whole tensors these are, which are rounded as the whole.
         finite: see above.
     """
     if finite is not None:
@@ -162,27 +164,27 @@ def apply_(
             _add_back_(param, update, own, side, factor)
             continue
         moved = back(update, own, side)
-        _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None)
+        _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None, window)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, begin: int = 0) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
     """Round `value` into the parameter, once; bfloat16 stochastically if there is a seed. `value` is overwritten."""
     if seed is not None and param.dtype == torch.bfloat16:
-        stochastic_round_(param, value, seed, int(step), begin)
+        stochastic_round_(param, value, seed, int(step), window.elements(param.numel(), param.device))
     else:
         param.copy_(value)
 
 
 def _move_(
-    param: Tensor, update: Tensor, decay: float, factor: float, step: Tensor, seed: int | None, begin: int = 0
+    param: Tensor, update: Tensor, decay: float, factor: float, step: Tensor, seed: int | None, window: Window
 ) -> None:
-    """W ← decay·W + factor·U, of elements from `begin` on."""
+    """W ← decay·W + factor·U."""
     wide = param if param.dtype == update.dtype else param.to(update.dtype, copy=True)
     if decay != 1:
         wide.mul_(decay)
     wide.add_(update, alpha=factor)
     if wide is not param:
-        write_(param, wide, step, seed, begin)
+        write_(param, wide, step, seed, window)
 
 
 def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Side | None, factor: float) -> None:
@@ -209,12 +211,13 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """The whole step of projected Adam: project, update, apply. With no bases this is AdamW."""
     lows = project(grads, bases, side, exp_avgs[0].dtype)
     updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, False, window, finite)
 
 
 def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
@@ -257,8 +260,9 @@ def coded_adam_(
     """The whole step of Adam without a projection, on moments that are kept as codes: no more than a chunk is decoded.
 
     Moments come flat, the first ones of all tensors before the second ones, as codes, scales and seeds (`streams`);
-    `tables` are those of the two. `axis` and `begin` are those of encode_, everything else is as for projected_adam_.
-    A module may have `coded_adam_update_` beside it, which returns N as adam_update_ does.
+    `tables` are those of the two. `axis` and `begin` are those of encode_, W begins where its moments do, and
+    everything else is as for projected_adam_. A module may have `coded_adam_update_` beside it, which returns N as
+    adam_update_ does.
     """
     if finite is not None:
         columns = (params, grads, codes, scales, streams, steps, seeds)
@@ -278,11 +282,11 @@ def coded_adam_(
         for at in _chunks(whole, axis):
             update, low, moments = _advanced(lows, kept, tables, at, *options)
             transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
-            first = at.start * length
+            first = begin + at.start * length
             for x, (code, unit, stream), table in zip(moments, kept, tables, strict=True):
-                encode_(x, code[at], unit[at], table, -1, stream, steps[i], begin + first)
+                encode_(x, code[at], unit[at], table, -1, stream, steps[i], first)
             seed = seeds[i] if seeds else None
-            _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, first)
+            _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, Window(first))
         if whole is not param:
             param.copy_(whole)
 

@@ -14,7 +14,7 @@ import torch
 from ..distributed import Sharded
 from ..storage import Coding, codecs
 from ..types import Plan
-from . import native
+from . import compiled, native
 
 
 def _on_gpu(name: str, plan: Plan | None) -> str | None:
@@ -34,6 +34,7 @@ IMPLS: dict[str, Callable[[Plan | None], str | None]] = {
     "triton": partial(_on_gpu, "triton"),
     "native": native.supports,
     "reference": lambda plan: None,
+    "compiled": compiled.supports,  # after the one that always can: never "auto", as its first step takes so long
 }
 
 

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import philox
+from ..philox import ALL, Window
 from ..types import BLOCK, Plan, Side
 from . import reference
 from .reference import back, grad_max, transform_
@@ -243,14 +244,14 @@ def _half_words(seed, step, block):
 
 
 @triton.jit
-def _noise(table, corner, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: tl.constexpr):
-    """Rounding noise of a tile whose corner is element `corner` of its tensor.
+def _noise(table, corner, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: tl.constexpr):
+    """Rounding noise of a tile whose corner is element `corner` of a tensor with rows of `pitch`.
 
     NOISE = 8: rows hold whole blocks of 8 elements, which share one call of Philox. NOISE = 1: each element makes its
     own, and takes the half-word that is its.
     """
     seed, step = _seed_and_step(table)
-    return _half_words_of_tile(seed, step, corner, n, ROWS, COLUMNS, NOISE)
+    return _half_words_of_tile(seed, step, corner, pitch, ROWS, COLUMNS, NOISE)
 
 
 @triton.jit
@@ -260,12 +261,17 @@ def _half_words_of_tile(seed, step, corner, n, ROWS: tl.constexpr, COLUMNS: tl.c
         return _half_words(seed, step, first + _within(n // 8, ROWS, COLUMNS // 8).to(tl.uint32))
     else:
         element = (corner & 7).to(tl.int32) + _within(n, ROWS, COLUMNS)
-        block = first + (element >> 3).to(tl.uint32)
-        zero = block * 0
-        w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero)
-        word = (element & 7) >> 1
-        word = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-        return tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
+        return _half_word(seed, step, first + (element >> 3).to(tl.uint32), element & 7)
+
+
+@triton.jit
+def _half_word(seed, step, block, at):
+    """16 random bits for each element: number `at` of the block of 8 that is its."""
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero)
+    word = at >> 1
+    word = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    return tl.where((at & 1) == 0, word & 0xFFFF, word >> 16)
 
 
 @triton.jit
@@ -318,6 +324,9 @@ def _elementwise(
     eps,
     weight_decay,
     scale,
+    origin,
+    columns,
+    pitch,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -332,7 +341,7 @@ def _elementwise(
     NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N.
+    """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N. NOISE: see _noise.
 
     COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written.
     """
@@ -364,7 +373,11 @@ def _elementwise(
         update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
         if NOISE > 0:
             seed, step = _seed_and_step(table)
-            update = _round(update, _half_words(seed, step, ((start >> 3) + tl.arange(0, BLOCK // 8)).to(tl.uint32)))
+            at = start + tl.arange(0, BLOCK // NOISE) * NOISE
+            number = origin + at // columns * pitch + at % columns
+            block = (number >> 3).to(tl.uint32)
+            half = _half_words(seed, step, block) if NOISE == 8 else _half_word(seed, step, block, number & 7)
+            update = _round(update, half)
     tl.store(out, update.to(OUT), mask=inside)
 
 
@@ -461,6 +474,8 @@ def _write(
     j,
     m,
     n,
+    origin,
+    pitch,
     SIGN: tl.constexpr,
     NOISE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -468,13 +483,16 @@ def _write(
     SLICE: tl.constexpr,
     factor=None,
 ):
-    """W ← (1 - lr·λ) W - lr·scale·step on the tile at (i, j); its rows times their factors if there are any."""
+    """W ← (1 - lr·λ) W - lr·scale·step on the tile at (i, j); its rows times their factors if there are any.
+
+    W begins at element `origin` of a tensor with rows of `pitch`, which is rounded as a whole.
+    """
     if COLUMNS > SLICE:
         HALF: tl.constexpr = COLUMNS // 2
         a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
         same = (rate, weight_decay, scale, i)
-        _write(table, w, a, *same, j, m, n, SIGN, NOISE, ROWS, HALF, SLICE, factor)
-        _write(table, w, b, *same, j + HALF, m, n, SIGN, NOISE, ROWS, HALF, SLICE, factor)
+        _write(table, w, a, *same, j, m, n, origin, pitch, SIGN, NOISE, ROWS, HALF, SLICE, factor)
+        _write(table, w, b, *same, j + HALF, m, n, origin, pitch, SIGN, NOISE, ROWS, HALF, SLICE, factor)
     else:
         inside = _inside(i, j, m, n, ROWS, COLUMNS)
         at = _tile(w, i, j, n, ROWS, COLUMNS)
@@ -484,7 +502,8 @@ def _write(
         if factor is not None:
             value *= factor[:, None]
         if NOISE > 0:
-            value = _round(value, _noise(table, tl.to_tensor(i).to(tl.int64) * n + j, n, ROWS, COLUMNS, NOISE))
+            corner = origin + tl.to_tensor(i).to(tl.int64) * pitch + j
+            value = _round(value, _noise(table, corner, pitch, ROWS, COLUMNS, NOISE))
         tl.store(at, value.to(w.dtype.element_ty), mask=inside)
 
 
@@ -521,6 +540,8 @@ def _fused(
     eps,
     weight_decay,
     scale,
+    origin,
+    pitch,
     W: tl.constexpr,
     G: tl.constexpr,
     Q: tl.constexpr,
@@ -552,7 +573,8 @@ def _fused(
         for d in range(0, m, DEPTH):
             basis = _load(q, d, 0, m, rank, DEPTH, RANK)
             step = _dot(basis, update, tl.zeros((DEPTH, ROWS), tl.float32), DOT)  # (DEPTH, ROWS)
-            _write(table, w, step, rate, weight_decay, scale, d, o, m, n, False, NOISE, DEPTH, ROWS, ROWS)
+            same = (table, w, step, rate, weight_decay, scale)
+            _write(*same, d, o, m, n, origin, pitch, False, NOISE, DEPTH, ROWS, ROWS)
     else:
         update = _advance_tile(
             *(table, corrections, low, o, 0, m, rank, alpha1, beta2, alpha2, eps),
@@ -562,7 +584,8 @@ def _fused(
         for d in range(0, n, DEPTH):
             basis = _load(q, d, 0, n, rank, DEPTH, RANK)
             step = _dot(update, tl.trans(basis), tl.zeros((ROWS, DEPTH), tl.float32), DOT)  # (ROWS, DEPTH)
-            _write(table, w, step, rate, weight_decay, scale, o, d, m, n, False, NOISE, ROWS, DEPTH, DEPTH)
+            same = (table, w, step, rate, weight_decay, scale)
+            _write(*same, o, d, m, n, origin, pitch, False, NOISE, ROWS, DEPTH, DEPTH)
 
 
 @triton.jit
@@ -683,6 +706,8 @@ def _apply(
     rank,
     weight_decay,
     scale,
+    origin,
+    pitch,
     W: tl.constexpr,
     IN: tl.constexpr,
     Q: tl.constexpr,
@@ -733,7 +758,8 @@ def _apply(
             sums += tl.load(own + tile * m, mask=row < m, other=0.0)
         length, aim = tl.sqrt_rn(sums), _row_numbers(lengths, 1, i, m, ROWS, -1.0)
         factor = tl.where((aim >= 0) & (length > 0), tl.div_rn(aim, tl.where(length > 0, length, 1.0)), 1.0)
-    _write(table, w, step, rate, weight_decay, scale, i, j, m, n, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
+    same = (table, w, step, rate, weight_decay, scale)
+    _write(*same, i, j, m, n, origin, pitch, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
 
 
 @triton.jit
@@ -972,7 +998,7 @@ def _coded_adam(
         rate = _rate(lr, LR)
         update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
         if ROUND:
-            corner = _first(i, j, length, ROWS, BLOCK)
+            corner = begin + _first(i, j, length, ROWS, BLOCK)
             update = _round(update, _half_words_of_tile(seed, step, corner, length, ROWS, BLOCK, NOISE))
     tl.store(out, update.to(OUT), mask=inside)
 
@@ -1095,11 +1121,16 @@ def _moment_scalars(beta1: float, beta2: float, eps: float) -> tuple[float, floa
     return 1 - beta1, beta2, 1 - beta2, max(eps, reference._EPS_FLOOR)
 
 
-def _noise_mode(params: Sequence[Tensor], seeds: Sequence[int]) -> int:
-    """See _noise: 0 rounds to nearest."""
+def _noise_mode(params: Sequence[Tensor], seeds: Sequence[int], *starts: int) -> int:
+    """See _noise: 0 rounds to nearest; `starts` are where rows of whole blocks would have to begin."""
     if not seeds or params[0].dtype != torch.bfloat16:
         return 0
-    return 8 if params[0].shape[-1:] and params[0].shape[-1] % 8 == 0 else 1
+    return 8 if all(start % 8 == 0 for start in starts) else 1
+
+
+def _pitch(window: Window, n: int) -> int:
+    """Between the beginnings of rows of n in the whole."""
+    return n if window.consecutive else window.pitch
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -1201,7 +1232,7 @@ def _updates(
     if corrections is None:
         corrections = _advanced(table, len(out), beta1, beta2, finite)
     _step_elements(
-        *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0),
+        *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0, ALL),
         ADAM=True,
         GRAMS=transform == "grams",
         CAUTIOUS=transform == "cautious",
@@ -1221,10 +1252,12 @@ def _step_elements(
     moments: tuple[float, float, float, float],
     weight_decay: float,
     scale: float,
+    window: Window,
+    seeds: Sequence[int] = (),
     **modes: bool,
 ) -> None:
     size = out[0].numel()
-    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE", "NOISE")
+    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE")
     constants: dict[str, Any] = dict.fromkeys(names, False) | modes
     for kept, counts in _counting(constants["CAUTIOUS"], out):
         _launch(
@@ -1232,12 +1265,13 @@ def _step_elements(
             (triton.cdiv(size, _BLOCK), len(out)),
             table,
             finite,
-            *(corrections, kept, lr, size, *moments, weight_decay, scale),
+            *(corrections, kept, lr, size, *moments, weight_decay, scale, *window),
             OUT=_TYPES[out[0].dtype],
             IN=_TYPES[source[0].dtype],
             ALIGN=table.align,
             LR=lr_mode,
             COUNT=counts,
+            NOISE=_noise_mode(out, seeds, window.origin, *(() if window.consecutive else window[1:])),
             BLOCK=_BLOCK,
             **constants,
         )
@@ -1262,24 +1296,24 @@ def apply_(
     scale: float,
     side: Side | None,
     sign: bool = False,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     if side == "both" or not _fits(params, updates, steps, bases=bases):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
     if side is None:
         rate, mode = _learning_rate(lr)
         _step_elements(
             *(_table(params, updates, (), (), (), steps, seeds), finite, params, updates, None, rate, mode),
-            *(_moment_scalars(0, 0, 0), weight_decay, scale),
+            *(_moment_scalars(0, 0, 0), weight_decay, scale, window, seeds),
             APPLY=True,
             SIGN=sign,
-            NOISE=_noise_mode(params, seeds) > 0,
         )
         return
-    _apply_all(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, finite)
+    _apply_all(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
 
 
 def _apply_all(
@@ -1293,6 +1327,7 @@ def _apply_all(
     scale: float,
     side: Side | None,
     sign: bool,
+    window: Window,
     finite: Tensor | None,
     lengths: Tensor | None = None,
 ) -> None:
@@ -1302,6 +1337,7 @@ def _apply_all(
     table = _table(params, updates, (), (), bases, steps, seeds)
     rate, mode = _learning_rate(lr)
     (m, n), rank = params[0].shape, bases[0].shape[-1]
+    pitch = _pitch(window, n)
     shape = blocks("apply", dot, _capability(params[0].device))
     tiles = triton.cdiv(n, shape.columns)
     squares = None if lengths is None else lengths.new_empty(len(params), tiles, m)
@@ -1311,7 +1347,7 @@ def _apply_all(
             (triton.cdiv(m, shape.rows) * tiles, len(params)),
             table,
             finite,
-            *(lengths, squares, rate, m, n, rank, weight_decay, scale),
+            *(lengths, squares, rate, m, n, rank, weight_decay, scale, window.origin, pitch),
             W=_TYPES[params[0].dtype],
             IN=_TYPES[updates[0].dtype],
             Q=_TYPES[bases[0].dtype],
@@ -1321,7 +1357,7 @@ def _apply_all(
             LEFT=side == "left",
             SIGN=sign,
             MEASURE=measure,
-            NOISE=_noise_mode(params, seeds),
+            NOISE=_noise_mode(params, seeds, n, window.origin, pitch),
             ROWS=shape.rows,
             COLUMNS=shape.columns,
             DEPTH=shape.depth,
@@ -1330,11 +1366,11 @@ def _apply_all(
         )
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
     """See the reference; the step stays on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
     minus_one = torch.tensor(-1.0, dtype=torch.float64)
-    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None)
+    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None, window=window)
 
 
 def projected_adam_(
@@ -1353,13 +1389,15 @@ def projected_adam_(
     scale: float,
     side: Side | None,
     transform: str,
+    window: Window = ALL,
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
     if side == "both" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, finite),
+            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
+            finite=finite,
         )
         return
     grams = transform == "grams"
@@ -1370,18 +1408,17 @@ def projected_adam_(
         torch.autograd.graph.increment_version(params)
         _step_elements(
             *(table, finite, params, grads, corrections, rate, mode),
-            *(_moment_scalars(beta1, beta2, eps), weight_decay, scale),
+            *(_moment_scalars(beta1, beta2, eps), weight_decay, scale, window, seeds),
             ADAM=True,
             APPLY=True,
             GRAMS=grams,
             CAUTIOUS=transform == "cautious",
-            NOISE=_noise_mode(params, seeds) > 0,
         )
         return
     if transform == "cautious":
         lows = project(grads, bases, side, exp_avgs[0].dtype)
         updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, False, window, finite)
         return
     dot = DOT[grads[0].dtype]
     low_type = _DOT_TYPES.get(dot, torch.float32)
@@ -1393,14 +1430,14 @@ def projected_adam_(
         if fused:
             _fused_adam_(
                 *(params[at], grads[at], exp_avgs[at], exp_avg_sqs[at], rounded, steps[at], seeds[at], lr),
-                *((beta1, beta2), eps, weight_decay, scale, side, grams, own),
+                *((beta1, beta2), eps, weight_decay, scale, side, grams, window, own),
             )
             continue
         updates = _project_all(
             *(grads[at], rounded, side, low_type, dot),
             *((exp_avgs[at], exp_avg_sqs[at], steps[at]), (beta1, beta2), eps, grams, own),
         )
-        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side, finite=own)
+        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side, False, window, own)
 
 
 def _fused_adam_(
@@ -1418,6 +1455,7 @@ def _fused_adam_(
     scale: float,
     side: Side | None,
     grams: bool,
+    window: Window,
     finite: Tensor | None,
 ) -> None:
     dot = DOT[grads[0].dtype]
@@ -1425,13 +1463,14 @@ def _fused_adam_(
     table = _table(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
     corrections = _advanced(table, len(params), *betas, finite)
     rate, mode = _learning_rate(lr)
-    shape = blocks("fused", dot, _capability(params[0].device))
+    shape, pitch = blocks("fused", dot, _capability(params[0].device)), _pitch(window, n)
     torch.autograd.graph.increment_version(params)
     _launch(
         _fused,
         (triton.cdiv(n if side == "left" else m, shape.rows), len(params)),
         table,
         *(finite, corrections, rate, m, n, rank, *_moment_scalars(*betas, eps), weight_decay, scale),
+        *(window.origin, pitch),
         W=_TYPES[params[0].dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
@@ -1440,7 +1479,7 @@ def _fused_adam_(
         DOT=dot,
         LEFT=side == "left",
         GRAMS=grams,
-        NOISE=_noise_mode(params, seeds),
+        NOISE=_noise_mode(params, seeds, n, window.origin, pitch),
         ROWS=shape.rows,
         DEPTH=shape.depth,
         SLICE=shape.slice,
@@ -1511,7 +1550,7 @@ def weight_norm_adam_(
             if side == "both":
                 updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
             outer, last = (rights, "right") if side == "both" else (lefts, side)
-            _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, some, lengths)
+            _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
 
 
 def encode_(

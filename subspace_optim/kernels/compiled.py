@@ -1,0 +1,250 @@
+"""The steps of reference.py, elementwise parts compiled by torch: for a CPU without csrc/, or to compare with.
+
+    _step_    dense: moments, transform and the write of the parameter, in one pass
+    _update_  projected: moments and transform, N
+    _move_    projected: the write of back(N), in one pass with its rounding
+
+Matrix products stay torch's, and where one of them ends in the parameter there is nothing to compile. What differs from
+step to step comes in tensors and every tensor comes flat, so that one graph serves all shapes, numbers of tensors, step
+counts, betas and learning rates; each combination of dtypes, transform and rounding has its own. What is left to the
+reference: shards, tensors that are not contiguous, those of fewer than two elements (another graph to torch), a
+planner's fake ones, and codes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.dlpack import from_dlpack
+
+from ..philox import ALL, Window, stochastic_round_
+from ..types import Plan, Side, peak
+from . import reference
+from .reference import back, coded_adam_, decode, encode_, project, transform_, write_
+
+__all__ = [
+    "adam_update_",
+    "apply_",
+    "back",
+    "coded_adam_",
+    "decode",
+    "encode_",
+    "grad_max",
+    "project",
+    "projected_adam_",
+    "transform_",
+    "write_",
+]
+
+_GRAPHS = 64  # of one function; torch gives up after 8
+
+
+def supports(plan: Plan | None) -> str | None:
+    """Why torch cannot compile for this plan, or at all; None if it can."""
+    if plan is not None and plan.device.type != "cpu":
+        return f"it is for the CPU, and the parameter is on {plan.device.type}"
+    return _missing()
+
+
+def detail() -> str:
+    """What is worth knowing of it where it runs."""
+    return "by name alone: the first step compiles for tens of seconds"
+
+
+@cache
+def _missing() -> str | None:
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"{compiler} is not installed"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h is not installed"
+    return None
+
+
+# ---- what is compiled -----------------------------------------------------------------------------------------------
+
+
+def _updated(
+    low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Tensor, transform: str, eps_inside: bool = False
+) -> Tensor:
+    beta1, beta2, eps, correction1, correction2 = adam.unbind()
+    low = low.to(exp_avg.dtype)
+    exp_avg.mul_(beta1).add_(low * (1 - beta1))
+    exp_avg_sq.mul_(beta2).add_(low * low * (1 - beta2))
+    root = exp_avg_sq.sqrt()
+    divisor = (root + eps) / correction2 if eps_inside else root / correction2 + eps
+    update = exp_avg / (divisor * correction1)
+    transform_([update], [low], transform)
+    return update
+
+
+def _update_(out: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, adam: Tensor, **how: Any) -> None:
+    out.copy_(_updated(low, exp_avg, exp_avg_sq, adam, **how))
+
+
+def _move_(param: Tensor, update: Tensor, rates: Tensor, step: Tensor, seed: Tensor | None, sign: bool = False) -> None:
+    decay, factor = rates.unbind()
+    moved = param.to(update.dtype) * decay + (update.sign() if sign else update) * factor
+    if seed is not None and param.dtype == torch.bfloat16:
+        stochastic_round_(param, moved, seed, step)
+    else:
+        param.copy_(moved)
+
+
+def _step_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    adam: Tensor,
+    rates: Tensor,
+    step: Tensor,
+    seed: Tensor | None,
+    transform: str,
+) -> None:
+    _move_(param, _updated(grad, exp_avg, exp_avg_sq, adam, transform), rates, step, seed)
+
+
+def _run(function: Callable[..., None], *columns: Iterable[Tensor | None], **how: Any) -> None:
+    """Call it compiled, on flat tensors: a row of the columns at a time."""
+    call = _compiled(function)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=_GRAPHS):
+        for row in zip(*columns, strict=True):
+            call(*(None if tensor is None else _flat(tensor) for tensor in row), **how)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The same memory without the base and the offset of a view, on which torch's graphs depend."""
+    return from_dlpack(tensor.detach().view(-1))
+
+
+@cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+# ---- the functions of reference.py ----------------------------------------------------------------------------------
+
+
+def _fits(*columns: Sequence[Tensor]) -> bool:
+    tensors = [tensor for column in columns for tensor in column]
+    return all(type(t) in (Tensor, Parameter) and t.is_contiguous() and t.numel() > 1 for t in tensors)
+
+
+def _rows(count: int, *columns: Tensor | float) -> Sequence[Tensor]:
+    """The columns, one value or one a tensor, as a vector for each tensor."""
+    wide = [torch.as_tensor(column, dtype=torch.float64).expand(count) for column in columns]
+    return torch.stack(wide, dim=1).unbind()
+
+
+def _adam(steps: list[Tensor], beta1: float, beta2: float, eps: float) -> Sequence[Tensor]:
+    """The vectors of `_updated`; the steps advance."""
+    torch._foreach_add_(steps, 1)
+    counts = torch.stack(steps).double()
+    eps = max(eps, reference._EPS_FLOOR)
+    return _rows(len(steps), beta1, beta2, eps, 1 - beta1**counts, (1 - beta2**counts).sqrt())
+
+
+def _rates(count: int, lr: Tensor, weight_decay: float, scale: float) -> Sequence[Tensor]:
+    """The vectors of `_move_`."""
+    return _rows(count, 1 - lr.double() * weight_decay, -lr.double() * scale)
+
+
+def _seeds(count: int, seeds: Sequence[int]) -> Sequence[Tensor | None]:
+    return torch.tensor(seeds).unbind() if seeds else [None] * count
+
+
+def grad_max(grads: list[Tensor]) -> Tensor:
+    """The largest |g| of every gradient, as float64; NaN if it has one."""
+    return torch.stack([peak(grad, torch.float64) for grad in grads])
+
+
+def adam_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: str = "none",
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """See the reference."""
+    if finite is not None or not _fits(lows, exp_avgs, exp_avg_sqs):
+        return reference.adam_update_(
+            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
+        )
+    updates = [torch.empty_like(m) for m in exp_avgs]
+    adam = _adam(steps, beta1, beta2, eps)
+    _run(_update_, updates, lows, exp_avgs, exp_avg_sqs, adam, transform=transform, eps_inside=eps_inside)
+    return updates
+
+
+def apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    sign: bool = False,
+    window: Window = ALL,
+    finite: Tensor | None = None,
+) -> None:
+    """See the reference."""
+    is_product = side is not None and params[0].dtype == updates[0].dtype and not sign
+    if finite is not None or is_product or window != ALL or not _fits(params, updates):
+        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+        return
+    count = len(params)
+    moved = (back(update, bases[i::count], side) for i, update in enumerate(updates))
+    rates = _rates(count, lr, weight_decay, scale)
+    _run(_move_, params, moved, rates, steps, _seeds(count, seeds), sign=sign)
+    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
+
+
+def projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+    window: Window = ALL,
+    finite: Tensor | None = None,
+) -> None:
+    """See the reference."""
+    if side is not None or finite is not None or window != ALL or not _fits(params, grads, exp_avgs, exp_avg_sqs):
+        lows = project(grads, bases, side, exp_avgs[0].dtype)
+        updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
+        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, window=window, finite=finite)
+        return
+    count, adam = len(params), _adam(steps, beta1, beta2, eps)
+    rates = _rates(count, lr, weight_decay, scale)
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, adam, rates, steps, _seeds(count, seeds))
+    _run(_step_, *tensors, transform=transform)
+    torch.autograd.graph.increment_version(params)
