@@ -285,8 +285,8 @@ def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.dev
     signs = (words[:, :d] & 1).mul(2).sub(1).double()
     columns = words[:, d:].argsort(stable=True)[:, :r].double()
     at_once = 1 if device.type == "cpu" else len(signs)  # a basis in the cache, or few launches
-    parts = zip(columns.split(at_once), signs.split(at_once), strict=True)
-    return [q for k, sign in parts for q in _cosines(k, d).mul_(sign.unsqueeze(-1)).unbind()]
+    parts = (slice(begin, begin + at_once) for begin in range(0, len(signs), at_once))
+    return [q for at in parts for q in _cosines(columns[at], d).mul_(signs[at].unsqueeze(-1)).unbind()]
 
 
 def _cosines(k: Tensor, d: int) -> Tensor:

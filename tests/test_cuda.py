@@ -18,10 +18,12 @@ from buckets import (
     bucket,
     coded_bucket,
     error,
+    length_bucket,
     members,
     part_and_whole,
     some_unusable,
     step_coded,
+    step_lengths,
     twice,
     update_coded,
 )
@@ -366,6 +368,59 @@ def test_write_to_nearest(dtype):
     assert torch.equal(mine, value.to(dtype))
 
 
+# ---- GradNormLoRP's whole step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [emulated.BACKWARD, emulated.RANDOM])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_are_stepped_by_direction_and_length(side, transform, order, library, monkeypatch):
+    library.emulator_order(order)
+    monkeypatch.setattr(kernels, "_WORKSPACE", 2**14)  # in parts
+    for shape, rank in SHAPES[1:4]:
+        mine, theirs, unharmed = twice(length_bucket(shape, rank, side, torch.float32, 3), PADS[order % 2])
+        step_lengths(kernels, mine, side, transform, lr=torch.tensor(0.7))
+        assert unharmed()
+        theirs = [[t.double() for t in column] for column in theirs]
+        step_lengths(reference, theirs, side, transform)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 4e-6  # sums over rows that cancel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_in_half_precision(side, dtype):
+    """The tangential gradient, basis and N are rounded as the gradient was."""
+    mine, theirs, unharmed = twice(length_bucket((70, 130), 9, side, dtype), 16)
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, side, seeds=SEEDS)
+    assert max(error(a, b) for a, b in zip(mine[2:6], theirs[2:6])) < 1e-2
+    assert error(mine[0], theirs[0]) < 1e-2
+    assert unharmed()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_of_what_is_not_finite_are_left_alone(side):
+    """By the whole step, in every launch of a bucket, and by the pieces of a kernel that has none."""
+    lists = length_bucket((9, 14), 3, side, torch.bfloat16, count=70)
+    flags = some_unusable(lists)
+    mine, theirs, unharmed = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, own, side, "cautious", range(70), flags)
+        stepped, left = members(own, flags)
+        assert not any(x.isnan().any() for column in stepped for x in column)
+        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
+    assert unharmed()
+
+
+def test_strided_rows_are_stepped_in_their_places():
+    mine, theirs, _ = twice(length_bucket((12, 9), 3, "right", torch.float32))
+    mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_lengths(kernel, lists, "right")
+    assert error(mine[0], theirs[0]) < 4e-6
+
+
 # ---- moments in codes: encode_ and decode with the bits of the reference ---------------------------------------------
 
 CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((3, 5, 24), -1), ((300, 11), -2), ((24, 70), -2)]
@@ -554,6 +609,6 @@ def test_under_sanitizers():
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
     chosen = "(exact and 32-2) or (exact and bfloat16-2) or (bits and bfloat16-left) or (grad_max and 7)"
-    command += ["-k", f"{chosen} or (step_on_codes and cautious and (300 or 5-7))"]
+    command += ["-k", f"{chosen} or (step_on_codes and cautious and (300 or 5-7)) or rows_in_half"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

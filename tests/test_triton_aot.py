@@ -85,7 +85,8 @@ def variants(capability):
     yield "advance", kernels._advance, {"BLOCK": 128}
     elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
     for noise in (8, 1):
-        yield f"elementwise, noise {noise}", kernels._elementwise, elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
+        what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
+        yield f"elementwise, noise {noise}", kernels._elementwise, what
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}

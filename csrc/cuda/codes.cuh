@@ -209,7 +209,7 @@ struct CodedHow {
   bool count;       // what cautious keeps, and write nothing
   bool write;       // into W; otherwise N, in float32
   bool stochastic;  // W; codes always are
-  int64_t counted, begin;
+  int64_t counted, begin;  // where all begin in the whole
 };
 
 // Decoded, advanced, coded again and applied.

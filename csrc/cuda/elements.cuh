@@ -18,12 +18,12 @@ struct alignas(16) Bytes16 {
 SSO_DEVICE bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Bytes16) == 0; }
 
 // The first `count` of eight, the others zero. What alignment, count and stride allow moves in 16 bytes.
-template <class S>
-SSO_DEVICE void read(const S* from, int count, float (&x)[kRun], int64_t stride = 1) {
+template <class S, int run = kRun>
+SSO_DEVICE void read(const S* from, int count, float (&x)[run], int64_t stride = 1) {
   constexpr int each = sizeof(Bytes16) / sizeof(S);
-  if (count == kRun && stride == 1 && aligned(from)) {
+  if (count == run && stride == 1 && aligned(from)) {
 #pragma unroll
-    for (int i = 0; i < kRun; i += each) {
+    for (int i = 0; i < run; i += each) {
       const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
       S wide[each];
       memcpy(wide, &bytes, sizeof(bytes));
@@ -32,7 +32,7 @@ SSO_DEVICE void read(const S* from, int count, float (&x)[kRun], int64_t stride 
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) x[i] = i < count ? widen(from[i * stride]) : 0;
+    for (int i = 0; i < run; ++i) x[i] = i < count ? widen(from[i * stride]) : 0;
   }
 }
 
@@ -153,10 +153,11 @@ SSO_DEVICE int adam_run(const Adam<float>& h, Transform transform, float* m, flo
   return kept;
 }
 
-// Of all lanes of the warp, which all come here.
-SSO_DEVICE int warp_sum(int x) {
+// Of `lanes` neighbours in the warp, all of which come here.
+template <int lanes = 32, class T>
+SSO_DEVICE T warp_sum(T x) {
 #pragma unroll
-  for (int other = 16; other > 0; other /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, other);
+  for (int other = lanes / 2; other > 0; other /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, other);
   return x;
 }
 
@@ -189,13 +190,28 @@ struct Writing {
         step(s.step),
         window(window) {}
 
-  // The elements at w, all of one row of the window; the noise is that of [first, first + count).
+  // Of what `move` would write, the sum of squares.
   template <class S>
-  SSO_DEVICE void move(S* w, int64_t first, int count, const float (&u)[kRun], int64_t stride = 1) const {
+  SSO_DEVICE float squares(const S* w, int count, const float (&u)[kRun]) const {
+    float x[kRun], sum = 0;
+    read(w, count, x);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const float moved = decay * x[i] + factor * u[i];
+      sum += i < count ? moved * moved : 0;
+    }
+    return sum;
+  }
+
+  // The elements at w, all multiplied in the end; the noise is that of [first, first + count), which lie in
+  // one row of the window.
+  template <class S>
+  SSO_DEVICE void move(S* w, int64_t first, int count, const float (&u)[kRun], int64_t stride = 1,
+                       float times = 1) const {
     float x[kRun];
     read(w, count, x, stride);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) x[i] = decay * x[i] + factor * (sign ? sso::sign(u[i]) : u[i]);
+    for (int i = 0; i < kRun; ++i) x[i] = (decay * x[i] + factor * (sign ? sso::sign(u[i]) : u[i])) * times;
     if constexpr (std::is_same_v<S, Bfloat16>) {
       if (stochastic) {
         uint32_t random[8];

@@ -146,14 +146,27 @@ SSO_DEVICE void project_lines(Accumulators& c, const T* grad, const T* basis, Sh
   });
 }
 
+// Of the rows of W, where they are brought to lengths: the sums of squares that they would have, (slices of 64 columns,
+// rows), or what they are multiplied by. Both null: nothing of that.
+struct Rows {
+  float* squares;
+  const float* factors;
+};
+
 template <class T, bool left>
 SSO_DEVICE void write_columns(const Accumulators& c, int slices, T* stages, T* w, int line, int column, Shape s,
-                              const Writing& writing) {
+                              const Writing& writing, Rows rows = {}) {
 #pragma unroll 1
   for (int q = 0; q < slices; ++q) {
+    const int row = left ? column + q * kSlice : line, slice = (left ? line : column + q * kSlice) / kSlice;
     over_runs<left>(c, q, stages, line, column, s.lines, s.depth,
-                    [&](const float(&x)[kRun], int, int, int64_t first, int count) {
-                      if (count > 0) writing.move(w + first, first, count, x);
+                    [&](const float(&x)[kRun], int i, int j, int64_t first, int count) {
+                      if (rows.squares) {
+                        const float sum = warp_sum<kSlice / kRun>(writing.squares(w + first, count, x));
+                        if (j == 0 && count > 0) rows.squares[slice * (left ? s.depth : s.lines) + row + i] = sum;
+                      } else if (count > 0) {
+                        writing.move(w + first, first, count, x, 1, rows.factors ? rows.factors[row + i] : 1);
+                      }
                     });
   }
 }
@@ -194,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // W ← decay·W + factor·N Qᵀ, N being `in`.
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
-    apply(Group group, bool sign, bool stochastic, Window window, int64_t counted, const Scalars* all, Shape s) {
+    apply(Group group, bool sign, bool stochastic, Window window, int64_t counted, Rows rows, const Scalars* all,
+          Shape s) {
   if (all[blockIdx.y].skip) return;
   T* stages = shared_memory<T>();
   const int tiles = ceil_div(s.depth, kColumns), y = blockIdx.y;
@@ -208,7 +222,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_turned_basis(stage, basis, column, k, s.depth, s.rank, slices);
   });
   const Writing writing(all[y], counted, sign, stochastic, group.seed[y], window);
-  write_columns<T, left>(c, slices, stages, static_cast<T*>(group.out[y]), line, column, s, writing);
+  const int height = left ? s.depth : s.lines, width = left ? s.lines : s.depth;
+  if (rows.squares) rows.squares += static_cast<int64_t>(y) * ceil_div(width, kSlice) * height;
+  if (rows.factors) rows.factors += static_cast<int64_t>(y) * height;
+  write_columns<T, left>(c, slices, stages, static_cast<T*>(group.out[y]), line, column, s, writing, rows);
 }
 
 // The whole step of 64 lines: G is read once, W is read and written once, R and N never leave the multiprocessor.
@@ -245,6 +262,76 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
     write_columns<T, left>(c, own, stages, static_cast<T*>(group.out[y]), line, column, s, writing);
   }
+}
+
+// ---- directions and lengths of rows (GradNormLoRP) ------------------------------------------------------------------
+
+// Of every row of W (rows, columns), `out`: what of it is in G, of the same type, to `along`, and the length that Adam's step takes it to,
+// to `aims`; -1 for a row of zeros, which has no direction. A row a warp.
+__global__ void __launch_bounds__(kThreads)
+    lengths(Group group, Type type, Moments moments, const Scalars* all, int rows, int columns,
+            float* along, float* aims) {
+  const int y = blockIdx.y, lane = threadIdx.x % 32, row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  if (all[y].skip || row >= rows) return;
+  float square = 0, product = 0;
+  with_type(type, [&](auto* null) {
+    const int64_t first = static_cast<int64_t>(row) * columns;
+    const auto* w = static_cast<decltype(null)>(group.out[y]) + first;
+    const auto* g = static_cast<const std::remove_pointer_t<decltype(null)>*>(group.in[y]) + first;
+    for (int j = lane * kRun; j < columns; j += 32 * kRun) {
+      float a[kRun], b[kRun];
+      read(w + j, min(kRun, columns - j), a);
+      read(g + j, min(kRun, columns - j), b);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) square += a[i] * a[i], product += a[i] * b[i];
+    }
+  });
+  const float norm = std::sqrt(warp_sum(square)), divisor = norm > 0 ? norm : 1;
+  const float radial = warp_sum(product) / divisor;
+  if (lane != 0) return;
+  const int64_t at = static_cast<int64_t>(y) * rows + row;
+  const float growth = adam<float, true>(moments.at(all[y]), radial, group.m[y][row], group.v[y][row]);
+  along[at] = radial / divisor;
+  aims[at] = norm > 0 ? max(norm * all[y].decay + static_cast<float>(all[y].factor) * growth, 0.0f) : -1;
+}
+
+// R = (G - diag(along) W) Q in float32, W being in the place of the first moments.
+template <class T, bool left>
+__global__ void __launch_bounds__(kThreads, 2)
+    project_tangents(Group group, const float* along, const Scalars* all, Shape s) {
+  if (all[blockIdx.y].skip) return;
+  T* stages = shared_memory<T>();
+  const int tiles = ceil_div(s.rank, kColumns), y = blockIdx.y;
+  const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
+  const int slices = min(kSlices, ceil_div(s.rank - column, kSlice));
+  const T *grad = static_cast<const T*>(group.in[y]), *basis = static_cast<const T*>(group.basis[y]);
+  const T* w = reinterpret_cast<const T*>(group.m[y]);
+  along += static_cast<int64_t>(y) * (left ? s.depth : s.lines);
+  Accumulators c;
+  c.clear();
+  accumulate<T, left, false>(c, s.depth, slices, stages, nullptr, 0, [=](T* stage, int k) {
+    load_tangents<T, left>(stage, grad, w, along, line, k, s.lines, s.depth);
+    load_basis(stage, basis, k, column, s.depth, s.rank, slices);
+  });
+#pragma unroll 1
+  for (int q = 0; q < slices; ++q) {
+    over_runs<left>(c, q, stages, line, column, s.lines, s.rank,
+                    [&](const float(&x)[kRun], int, int, int64_t first, int count) {
+                      if (count > 0) write(static_cast<float*>(group.out[y]) + first, count, x);
+                    });
+  }
+}
+
+// What takes every row to the length it aims at, in the place of that; `squares` (slices, rows) of what it would have.
+__global__ void __launch_bounds__(kThreads) factors(const float* squares, float* aims, int slices, int rows) {
+  const int row = blockIdx.x * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  squares += static_cast<int64_t>(blockIdx.y) * slices * rows + row;
+  float sum = 0;
+  for (int slice = 0; slice < slices; ++slice) sum += squares[static_cast<int64_t>(slice) * rows];
+  float& aim = aims[static_cast<int64_t>(blockIdx.y) * rows + row];
+  const float length = std::sqrt(sum);
+  aim = aim >= 0 && length > 0 ? aim / length : 1;
 }
 
 // Bytes of shared memory: of the stages, and where fused of N as well.

@@ -163,17 +163,20 @@ SSO_API sso_project(int64_t count, const uint64_t* table, int left, int lines, i
   });
 }
 
-// W (lines, depth), or (depth, lines) where left, N and the bases, all of `type`.
+// W (lines, depth), or (depth, lines) where left, N and the bases, all of `type`. See Rows; null: nothing of that.
 SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
                   int64_t counted, int sign, int stochastic, int64_t origin, int64_t columns, int64_t pitch,
-                  const void* scalars, void* stream) {
+                  float* squares, const float* factors, const void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using T = decltype(zero);
     const int64_t tiles = blocks_of(lines, kLines) * blocks_of(depth, kColumns);
+    const int64_t rows = left ? depth : lines, slices = blocks_of(left ? lines : depth, kSlice);
     return over_groups(count, [&](int members, int64_t first) {
+      const Rows own{squares ? squares + first * slices * rows : nullptr, factors ? factors + first * rows : nullptr};
       return launch(apply<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
                     group_of(table, count, members, first), sign != 0, stochastic != 0,
-                    Window{origin, columns, pitch}, counted, static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+                    Window{origin, columns, pitch}, counted, own, static_cast<const Scalars*>(scalars) + first,
+                    Shape{lines, depth, rank});
     });
   });
 }
@@ -189,6 +192,40 @@ SSO_API sso_fused(int64_t count, const uint64_t* table, int left, int lines, int
                     stream, group_of(table, count, members, first), moments(beta1, beta2, transform), stochastic != 0,
                     Window{origin, columns, pitch}, static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
     });
+  });
+}
+
+// W (rows, columns) in the place of outputs, G in that of inputs; `along` and `aims` (count, rows). See the kernel.
+SSO_API sso_lengths(int64_t count, const uint64_t* table, int rows, int columns, int type, double beta1, double beta2,
+                    float* along, float* aims, const void* scalars, void* stream) {
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(lengths, grid(blocks_of(rows, kThreads / 32), members), kThreads, 0, stream,
+                  group_of(table, count, members, first), static_cast<Type>(type), moments(beta1, beta2, 0),
+                  static_cast<const Scalars*>(scalars) + first, rows, columns,
+                  along + first * rows, aims + first * rows);
+  });
+}
+
+// As sso_project to float32, of G - diag(along) W; W is of `type` too, and in the place of the first moments.
+SSO_API sso_project_tangents(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                             const float* along, const void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using T = decltype(zero);
+    const int64_t tiles = blocks_of(lines, kLines) * blocks_of(rank, kColumns);
+    return over_groups(count, [&](int members, int64_t first) {
+      return launch(project_tangents<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
+                    group_of(table, count, members, first), along + first * (left ? depth : lines),
+                    static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+    });
+  });
+}
+
+// Factors in the place of `aims` (count, rows), from squares (count, slices of 64 columns, rows).
+SSO_API sso_factors(int64_t count, const float* squares, float* aims, int columns, int rows, void* stream) {
+  const int64_t slices = blocks_of(columns, kSlice);
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(factors, grid(blocks_of(rows, kThreads), members), kThreads, 0, stream,
+                  squares + first * slices * rows, aims + first * rows, static_cast<int>(slices), rows);
   });
 }
 

@@ -5,6 +5,8 @@
     fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
     project   larger ranks, first half: R, in whose epilogue the moments advance
     apply     larger ranks, second half: back(N), in whose epilogue W is written
+    lengths   GradNormLoRP: lengths and radial parts of rows, and Adam on these; then project_tangents, and apply twice,
+              the first time for the lengths that rows would come to, which make their factors
     coded     dense, or R that is there already, on moments kept as codes: decoded, advanced, coded again and W or N
               written in one pass; encode and decode are of one tensor
 
@@ -45,12 +47,14 @@ __all__ = [
     "project",
     "projected_adam_",
     "transform_",
+    "weight_norm_adam_",
     "write_",
 ]
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
 
+_SLICE = 64  # columns of a slice (kSlice of csrc/cuda/product.cuh)
 _WORKSPACE = 2**27  # bytes of updates and rounded bases: a larger bucket is stepped in parts
 _LETTERS = {"i": c_int, "l": c_int64, "u": c_uint64, "d": c_double, "p": c_void_p}
 _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` there is the stream
@@ -62,8 +66,11 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "dense": "lpliiiiiiddiliilllpp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
-    "apply": "lpiiiiiliilllpp",
+    "apply": "lpiiiiiliilllpppp",
     "fused": "lpiiiiiddiilllpp",
+    "lengths": "lpiiiddpppp",
+    "project_tangents": "lpiiiiippp",
+    "factors": "lppiip",
     "encode": "pipppilliiiuplp",
     "decode": "pipppilliip",
     "coded": "lplliipipiliiiiddilipp",
@@ -285,8 +292,13 @@ def _write(
     sign: bool = False,
     window: Window = ALL,
     counted: int = 0,
+    aims: Tensor | None = None,
 ) -> None:
-    """W of every back(N); `counted`: elements of N, where cautious has counted what it kept."""
+    """W of every back(N).
+
+    `counted`: elements of N, where cautious has counted what it kept; `aims`: lengths that rows are brought to, which
+    become their factors.
+    """
     kind, device, count = params[0].dtype, params[0].device, len(params)
     if side is None:
         _launch(
@@ -299,14 +311,22 @@ def _write(
         lefts, rights = _halves(bases)
         float32 = torch.float32
         wide = _low(_operands(lefts, float32), _operands(updates, float32), "right", float32)  # P N
-        _write(params, wide, rights, "right", seeds, scalars, sign, window, counted)
+        _write(params, wide, rights, "right", seeds, scalars, sign, window, counted, aims)
         return
     updates, bases = _operands(updates, kind), _operands(bases, kind)
     table = _table(params, updates, bases=bases, seeds=seeds)
-    _launch(
-        *("apply", device, count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind)),
-        *(counted, sign, len(seeds) > 0, *window, scalars.data_ptr()),
+    fixed = (
+        *(count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind)),
+        *(counted, sign, len(seeds) > 0, *window),
     )
+    if aims is None:
+        _launch("apply", device, *fixed, None, None, scalars.data_ptr())
+        return
+    m, n = params[0].shape
+    squares = aims.new_empty(count, -(-n // _SLICE), m)
+    _launch("apply", device, *fixed, squares.data_ptr(), None, scalars.data_ptr())
+    _launch("factors", device, count, squares.data_ptr(), aims.data_ptr(), n, m)
+    _launch("apply", device, *fixed, None, aims.data_ptr(), scalars.data_ptr())
 
 
 # ---- the functions of reference.py ----------------------------------------------------------------------------------
@@ -349,14 +369,19 @@ def adam_update_(
         return reference.adam_update_(
             lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
         )
-    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     adam = _Adam(exp_avgs, exp_avg_sqs, beta1, beta2, transform)
     scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
+    return _updates(lows, adam, scalars)
+
+
+def _updates(lows: Sequence[Tensor], adam: _Adam, scalars: Tensor) -> list[Tensor]:
+    """N; the moments advance."""
+    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
     kind = TYPES.index(lows[0].dtype)
     modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL)
     _launch("dense", *where, size, *modes, scalars.data_ptr())
-    if transform == "cautious":
+    if adam.transform == "cautious":
         _launch("rescale", *where, size, scalars.data_ptr())
     return list(out)
 
@@ -478,6 +503,81 @@ def _step(
             *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, len(seeds) > 0),
             *(*window, scalars.data_ptr()),
         )
+
+
+# ---- directions and lengths of rows ---------------------------------------------------------------------------------
+
+
+def weight_norm_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
+
+    G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
+    lengths it would come to and once to be written; back(N) is formed for both of these. Gradients of another type than
+    W, and what is not contiguous, are copied.
+    """
+    kind = params[0].dtype
+    grads = [grad.to(kind).contiguous() for grad in grads]
+    torch.autograd.graph.increment_version(params)
+    advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
+    undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
+    each = len(advanced) // len(params)
+    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
+        for at in _parts(params, exp_avgs, bases):
+            w, means, squares, g = (column[at] for column in (*own, grads))
+            lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
+            first, last = (scalars[at.start * each : at.stop * each] for scalars in (advanced, undecayed))
+            (m, n), device = w[0].shape, w[0].device
+            along, aims = torch.empty((2, len(w), m), dtype=torch.float32, device=device)
+            table = _table(w, g, _Adam(length_avgs[at], length_avg_sqs[at], beta1, beta2, "none"))
+            _launch(
+                *("lengths", device, len(w), table, m, n, TYPES.index(kind), beta1, beta2),
+                *(along.data_ptr(), aims.data_ptr(), first.data_ptr()),
+            )
+            lows = _low_tangents(g, w, along, lefts, "left" if side == "both" else side, first)
+            if side == "both":
+                lows = _low(lows, rights, "right", torch.float32)
+            updates = _updates(lows, _Adam(means, squares, beta1, beta2, transform), first)
+            _write(w, updates, [*lefts, *rights], side, seeds[at], last, aims=aims)
+
+
+def _low_tangents(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    along: Tensor,
+    bases: Sequence[Tensor],
+    side: Side,
+    scalars: Tensor,
+) -> Sequence[Tensor]:
+    """R in float32 of every G - diag(along) W."""
+    kind, device = grads[0].dtype, grads[0].device
+    bases = _operands(bases, kind)
+    left, lines, depth, rank = _geometry(grads[0], bases[0], side)
+    out = torch.empty((len(grads), *((rank, lines) if left else (lines, rank))), dtype=torch.float32, device=device)
+    table = _table(out.unbind(), grads, _NO_ADAM._replace(exp_avgs=params), bases)  # W where moments would be
+    _launch(
+        *("project_tangents", device, len(grads), table, left, lines, depth, rank, TYPES.index(kind)),
+        *(along.data_ptr(), scalars.data_ptr()),
+    )
+    return out.unbind()
 
 
 # ---- moments in codes -----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import compress, cycle
+from contextlib import contextmanager
+from itertools import chain, compress, cycle
 from typing import Any
 
 import torch
@@ -223,6 +224,16 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
     """What the columns (empty, one or two a tensor) hold of the tensors that are stepped; the device is waited for."""
     taken = finite.tolist()
     return [list(compress(column, cycle(taken))) for column in columns]
+
+
+@contextmanager
+def contiguous(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """The columns as kernels address them; what is not contiguous is a copy, which is copied back at the end."""
+    copies = [[tensor.contiguous() for tensor in column] for column in columns]
+    yield copies
+    for tensor, copied in zip(chain(*columns), chain(*copies), strict=True):
+        if copied is not tensor:
+            tensor.copy_(copied)
 
 
 def coded_adam_(

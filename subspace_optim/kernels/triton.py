@@ -1516,47 +1516,42 @@ def weight_norm_adam_(
     """
     kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
     grads = [grad.to(kind).contiguous() for grad in grads]
-    written = (params, exp_avgs, exp_avg_sqs)
-    own = [[tensor.contiguous() for tensor in column] for column in written]
     torch.autograd.graph.increment_version(params)
     between = sum(basis.numel() for basis in bases) // len(params) if side == "both" else 0
     part = max(1, _WORKSPACE // (4 * (2 * exp_avgs[0].numel() + between)))
-    for at in (slice(start, start + part) for start in range(0, len(params), part)):
-        w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
-        lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
-        some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
-        table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
-        corrections = _advanced(table, len(w), beta1, beta2, some)
-        lengths = torch.empty((len(w), 2, w[0].shape[0]), dtype=torch.float32, device=w[0].device)
-        rate, mode = _learning_rate(rates)
-        (m, n), wide = w[0].shape, torch.float32
-        _launch(
-            _lengths,
-            (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(w)),
-            table,
-            some,
-            *(corrections, lengths, rate, m, n, *_moment_scalars(beta1, beta2, eps), weight_decay),
-            W=_TYPES[w[0].dtype],
-            G=_TYPES[kind],
-            ALIGN=table.align,
-            LR=mode,
-            ROWS=_LENGTH_BLOCKS.rows,
-            COLUMNS=_LENGTH_BLOCKS.columns,
-            blocks=_LENGTH_BLOCKS,
-        )
-        first: Side | None = "left" if side == "both" else side
-        lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, tangent=(w, lengths))
-        if side == "both":
-            lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
-        updates = _updates(lows, means, squares, k, corrections, beta1, beta2, eps, transform, False, some)
-        if side == "both":
-            updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
-        outer, last = (rights, "right") if side == "both" else (lefts, side)
-        _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
-    for column, moved in zip(written, own, strict=True):
-        for tensor, new in zip(column, moved, strict=True):
-            if new is not tensor:
-                tensor.copy_(new)
+    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
+        for at in (slice(start, start + part) for start in range(0, len(params), part)):
+            w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
+            lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
+            some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
+            table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
+            corrections = _advanced(table, len(w), beta1, beta2, some)
+            lengths = torch.empty((len(w), 2, w[0].shape[0]), dtype=torch.float32, device=w[0].device)
+            rate, mode = _learning_rate(rates)
+            (m, n), wide = w[0].shape, torch.float32
+            _launch(
+                _lengths,
+                (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(w)),
+                table,
+                some,
+                *(corrections, lengths, rate, m, n, *_moment_scalars(beta1, beta2, eps), weight_decay),
+                W=_TYPES[w[0].dtype],
+                G=_TYPES[kind],
+                ALIGN=table.align,
+                LR=mode,
+                ROWS=_LENGTH_BLOCKS.rows,
+                COLUMNS=_LENGTH_BLOCKS.columns,
+                blocks=_LENGTH_BLOCKS,
+            )
+            first: Side | None = "left" if side == "both" else side
+            lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, tangent=(w, lengths))
+            if side == "both":
+                lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
+            updates = _updates(lows, means, squares, k, corrections, beta1, beta2, eps, transform, False, some)
+            if side == "both":
+                updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
+            outer, last = (rights, "right") if side == "both" else (lefts, side)
+            _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
 
 
 def encode_(
