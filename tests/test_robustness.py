@@ -228,6 +228,7 @@ def test_a_refresh_multiplies_in_float32_whatever_the_process_allows(monkeypatch
         return whole(self, *arguments)
 
     monkeypatch.setattr(so.SVD, "refresh_", refresh_)
+    as_found = [place.fp32_precision for place in places]
     torch.set_float32_matmul_precision(precision)
     try:
         before = [place.fp32_precision for place in places]
@@ -236,6 +237,8 @@ def test_a_refresh_multiplies_in_float32_whatever_the_process_allows(monkeypatch
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
+        for place, found in zip(places, as_found, strict=True):
+            place.fp32_precision = found
     assert during == [["ieee", "ieee"]]
 
 
