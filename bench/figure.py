@@ -33,7 +33,7 @@ def draw(record, path):
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for at, ((name, row), label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
             text = f" {'→ ' * (row['ratio'] > reach)}{row['ratio']:.2f}  ({row['of_limit']:.1f} × limit)"
-            axes.text(min(row["ratio"], reach), at, text, va="center", fontsize=8, color=TEXT)
+            axes.text(min(max(row["ratio"], left[at]), reach), at, text, va="center", fontsize=8, color=TEXT)
             label.set_color(TEXT if name.startswith(("torch", "peer")) else "black")
         axes.set_xlim(0, 1.25 * reach)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
