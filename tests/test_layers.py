@@ -18,6 +18,7 @@ LAYERS = (
     ("hyperparameters", "kernels", "kernels.reference"),
     ("storage",),
     ("ops",),
+    ("kernels.triton_device",),
     ("kernels.native", "kernels.triton", "kernels.cuda", "kernels.compiled"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from subspace_optim.kernels import triton as kernels  # noqa: E402
+from subspace_optim.kernels import triton_device as device  # noqa: E402
 from subspace_optim.types import BLOCK  # noqa: E402
 
 # Bytes of shared memory that a block may opt in to (NVIDIA's tables).
@@ -82,30 +83,30 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=F
 
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
-    yield "advance", kernels._advance, {"BLOCK": 128}
+    yield "advance", device.advance, {"BLOCK": 128}
     elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
     for noise in (8, 1):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
-        yield f"elementwise, noise {noise}", kernels._elementwise, what
+        yield f"elementwise, noise {noise}", device.elementwise, what
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}
             tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
-            yield f"encode, packed {packed}", kernels._encode, tile | {"LAST": 254}
-            yield f"decode, packed {packed}", kernels._decode, tile
+            yield f"encode, packed {packed}", device.encode, tile | {"LAST": 254}
+            yield f"decode, packed {packed}", device.decode, tile
         coded = elements | tile | {"SIGNED_LAST": 13, "UNSIGNED_LAST": 14, "ROUND": True, "warps": kernels._CODED_WARPS}
         for counts in (False, True) if capability == 80 else (False,):
-            yield f"coded_adam, counts {counts}", kernels._coded_adam, coded | {"COUNT": counts}
+            yield f"coded_adam, counts {counts}", device.coded_adam, coded | {"COUNT": counts}
     lengths = kernels._LENGTH_BLOCKS
     tile = {"ROWS": lengths.rows, "COLUMNS": lengths.columns, "warps": lengths.warps, "stages": lengths.stages}
-    yield "lengths", kernels._lengths, tile | {"W": tl.bfloat16, "G": tl.bfloat16, "rows": True}
+    yield "lengths", device.lengths, tile | {"W": tl.bfloat16, "G": tl.bfloat16, "rows": True}
     for dot, dtype in OPERANDS.items():
         types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
         for name in ("fused", "project", "apply"):
             shape = kernels.blocks(name, dot, capability)
             tile = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "SLICE": shape.slice}
             tile |= {"RANK": kernels.FUSED_RANK[dot], "warps": shape.warps, "stages": shape.stages}
-            kernel = getattr(kernels, f"_{name}")
+            kernel = getattr(device, name)
             yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
             if capability not in SAME_CODE:
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
