@@ -28,9 +28,9 @@ from torch.nn import Parameter
 from torch.utils.dlpack import from_dlpack
 
 from ..philox import ALL, Window, stochastic_round_
-from ..types import Plan, Side, peak
+from ..types import Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode, encode_, project, transform_, write_
+from .reference import back, coded_adam_, decode, encode_, grad_max, project, transform_, write_
 
 __all__ = [
     "adam_update_",
@@ -162,11 +162,6 @@ def _rates(count: int, lr: Tensor, weight_decay: float, scale: float) -> Sequenc
 
 def _seeds(count: int, seeds: Sequence[int]) -> Sequence[Tensor | None]:
     return torch.tensor(seeds).unbind() if seeds else [None] * count
-
-
-def grad_max(grads: list[Tensor]) -> Tensor:
-    """The largest |g| of every gradient, as float64; NaN if it has one."""
-    return torch.stack([peak(grad, torch.float64) for grad in grads])
 
 
 def adam_update_(

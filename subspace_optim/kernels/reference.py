@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..philox import ALL, Window, stochastic_round_, uniform
-from ..types import BLOCK, Side
+from ..types import BLOCK, Side, peak
 
 _CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
 _EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflows, and M/√V with ε = 0 would be infinite
@@ -34,6 +34,8 @@ _EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflow
 
 def grad_max(grads: list[Tensor]) -> Tensor:
     """The largest |g| of every gradient, as float64; NaN if it has one."""
+    if grads[0].device.type == "cpu":
+        return torch.stack([peak(grad, torch.float64) for grad in grads])
     return torch.stack(list(torch._foreach_norm(grads, math.inf))).double()
 
 
