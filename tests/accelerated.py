@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
+from ranks import leave
 from tiny_llama import llama, rows
 from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ def main(folder):
         ends[name, "resumed"] = run(accelerator, name, folder / name, range(SAVED, STEPS), resume=True)
     if accelerator.is_main_process:
         torch.save(ends, folder / "ends.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

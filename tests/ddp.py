@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import FIVE, noise
@@ -40,7 +41,7 @@ def main(folder):
             opt.step()
         ends[f"{name}-{dtype}"] = net.state_dict()
     torch.save({"ends": ends}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import noise
@@ -226,7 +227,7 @@ def main(folder):
     found["early"] = message(RuntimeError, early)
     found["apart"] = message(RuntimeError, lambda: apart(rank))
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

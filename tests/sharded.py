@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import PROJECTED, SETTINGS
+from ranks import leave
 from tiny_llama import llama
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -704,8 +705,7 @@ def main(folder):
         results = run(folder, meshes)
         if rank == 0:
             torch.save(results, folder / f"{stage}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

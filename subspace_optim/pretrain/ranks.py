@@ -117,6 +117,7 @@ class Launched(Ranks):
         if error is None:  # torchrun ends every rank as soon as one has ended with a code, so they end together
             dist.barrier(self._control)
             dist.destroy_process_group()
+            del self._control  # joins its threads: one that frees its last message in Python's shutdown aborts it
         elif isinstance(error, Failure) and error is self._known and not self.first:
             raise SystemExit(error.exit_code)  # the first rank says why
         elif isinstance(error, RuntimeError) and ("gloo" in str(error) or isinstance(error, dist.DistError)):

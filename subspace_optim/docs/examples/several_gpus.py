@@ -20,6 +20,7 @@ if "RANK" in os.environ:  # torchrun says who we are
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 else:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+agreement = dist.new_group(backend="gloo")  # for what ranks say of a checkpoint
 rank, world = dist.get_rank(), dist.get_world_size()
 if device == "cuda":
     torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -32,7 +33,7 @@ opt = so.create(model, "galore", rank=8, lr=1e-2, update_proj_gap=5)  # after sh
 folder = Path("checkpoint")
 if folder.exists():
     weights, state = get_state_dict(model, opt)
-    dcp.load({"model": weights, "opt": state}, checkpoint_id=folder)
+    dcp.load({"model": weights, "opt": state}, checkpoint_id=folder, process_group=agreement)
     set_state_dict(model, opt, model_state_dict=weights, optim_state_dict=state)
 
 for step in range(20):
@@ -44,10 +45,12 @@ for step in range(20):
     opt.zero_grad()
 
 weights, state = get_state_dict(model, opt)
-dcp.save({"model": weights, "opt": state}, storage_writer=dcp.FileSystemWriter(folder, overwrite=True))
+writer = dcp.FileSystemWriter(folder, overwrite=True)
+dcp.save({"model": weights, "opt": state}, storage_writer=writer, process_group=agreement)
 if rank == 0:
     steps = int(state["state"]["0.weight"]["step"])
     print(
         f"{opt.summary()}\nloss {loss.item():.4f} after {steps} steps; {opt.state_bytes()} bytes on rank 0 of {world}"
     )
 dist.destroy_process_group()
+del agreement  # ends its threads here: one that frees its last message while Python shuts down aborts the process
