@@ -233,28 +233,31 @@ class Adafactor(Rule):
         self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel, rates: Tensor | None = None
     ) -> list[Tensor]:
         """N = EMA of the clipped, normalised R, each times its rate if there are any."""
-        torch._foreach_add_(bucket.slot("step"), 1)
-        plan = bucket.plan
-        updates = [self._normalised_(plan, plan.low_axes, s, r) for s, r in zip(bucket.states, lows, strict=True)]
-        for i, update in enumerate(updates):
+        _count_(bucket)
+        plan, moments, updates = bucket.plan, bucket.slot("exp_avg"), []
+        for i, (state, low, finite) in enumerate(zip(bucket.states, lows, _flags(bucket), strict=True)):
+            update = self._normalised_(plan, plan.low_axes, state, low, finite)
             self._clip_(plan, update)
             if rates is not None:
                 update.mul_(rates.expand(len(bucket))[i])
-        moments = bucket.slot("exp_avg")
+            updates.append(_chosen(finite, update, moments[i]))  # the average of a moment with itself is itself
         torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
         torch._foreach_copy_(updates, moments)
         kernel.transform_(updates, lows, hyper.transform)
         return updates
 
-    def _normalised_(self, plan: Plan, axes: Axes, state: State, grad: Tensor) -> Tensor:
+    def _normalised_(self, plan: Plan, axes: Axes, state: State, grad: Tensor, finite: Tensor | None) -> Tensor:
         """R / √V̂ after advancing V; a new tensor. `axes` of the matrix are what the dimensions of R carry."""
-        beta2 = 1 - float(state["step"]) ** -self.decay_rate
+        fresh = state["step"].double() ** -self.decay_rate  # 1 - β₂
+        if finite is not None:
+            grad, fresh = torch.where(finite, grad, 0), torch.where(finite, fresh, 0)
+        fresh = fresh.to(grad.dtype)
         square = grad.square().add_(1e-30)
         if "exp_avg_sq" in state:
-            return grad * state["exp_avg_sq"].lerp_(square, 1 - beta2).rsqrt()
+            return grad * state["exp_avg_sq"].lerp_(square, fresh).rsqrt()
         mean = plan.sharding.mean
-        row = state["exp_avg_sq_row"].lerp_(mean(square, -1, axes[-1]), 1 - beta2)
-        col = state["exp_avg_sq_col"].lerp_(mean(square, -2, axes[-2]), 1 - beta2)
+        row = state["exp_avg_sq_row"].lerp_(mean(square, -1, axes[-1]), fresh)
+        col = state["exp_avg_sq_col"].lerp_(mean(square, -2, axes[-2]), fresh)
         row_scale = (row / mean(row, -1, axes[-2]).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
         return torch.mul(grad, row_scale, out=square).mul_(col.rsqrt().unsqueeze(-2))
 
@@ -280,6 +283,7 @@ class CompressedAdafactor(Adafactor):
     """
 
     looks_behind: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
     whole_gradient: ClassVar[str] = "the fresh part of Flora's update, G/√V̂, has full rank"
 
     def init(self, plan: Plan) -> State:
@@ -302,27 +306,31 @@ class CompressedAdafactor(Adafactor):
                 *(bucket.slot("exp_avg_sq_col"), flat(bucket.previous), flat(bucket.bases), moves),
                 *(bucket.slot("step"), bucket.seeds, self._rates(bucket, hyper), beta, self.decay_rate),
                 *(self.clip_threshold, hyper.weight_decay, self.scale(hyper), plan.side, hyper.transform),
+                finite=bucket.finite,
             )
             return
-        torch._foreach_add_(bucket.slot("step"), 1)
-        rates = self._rates(bucket, hyper).double().expand(len(bucket)).tolist()
+        _count_(bucket)
+        rates = self._rates(bucket, hyper)
         history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)
-        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, _flags(bucket), strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
-            update = self._normalised_(plan, (*range(len(plan.matrix)),), state, grad)
+            update = self._normalised_(plan, (*range(len(plan.matrix)),), state, grad, finite)
             low = kernel.project([update], new, plan.side, plan.state_dtype)[0] * (1 - beta)
             update.mul_(1 - beta)
             kernel.apply_([update], [moment], list(old), [state["step"]], [], history, 0.0, 1.0, plan.side)
+            past = moment
             if old is not new and hyper.moments != "keep":
-                moment.copy_(carried(moment, change_of_basis(plan, old, new), plan.side))
-            moment.mul_(beta).add_(low)
+                past = carried(moment, change_of_basis(plan, old, new), plan.side)
+            moment.copy_(_chosen(finite, low.add_(past, alpha=beta), moment))
             kernel.transform_([update], [grad], hyper.transform)
             self._clip_(plan, update)
+            rate = rates[i : i + 1] if rates.ndim else rates
             kernel.apply_(
-                *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1]),
-                *(torch.tensor(rates[i], dtype=torch.float64), hyper.weight_decay, self.scale(hyper), None),
+                *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1], rate),
+                *(hyper.weight_decay, self.scale(hyper), None),
+                finite=None if finite is None else finite.view(1),
             )
 
 
@@ -511,6 +519,21 @@ def _carry_project_aware_(state: State, change: Change, side: Side | None, betas
     m.copy_(carried(m, change, side))
     mixed = carried(variance, tuple(c.square() for c in change), side)
     v.copy_(mixed.add_((m / correction1).square()).mul_(correction2).abs_())
+
+
+def _count_(bucket: Bucket) -> None:
+    """Step counts advance, but those of what is left alone."""
+    steps = bucket.slot("step")
+    torch._foreach_add_(steps, 1 if bucket.finite is None else list(bucket.finite.to(steps[0].dtype).unbind()))
+
+
+def _flags(bucket: Bucket) -> list[Tensor | None]:
+    """Of every member, whether it is stepped, on the device; None: it is."""
+    return [None] * len(bucket) if bucket.finite is None else list(bucket.finite.unbind())
+
+
+def _chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if finite is None else torch.where(finite, new, old)
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...]) -> Tensor:

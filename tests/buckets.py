@@ -6,7 +6,7 @@ import torch
 
 from subspace_optim import storage
 from subspace_optim.philox import ALL, Window
-from subspace_optim.rules import WeightNormAdam
+from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import Bucket, Hyper, Plan
 
 CANARY = 77.0
@@ -107,6 +107,33 @@ def step_lengths(kernel, lists, side, transform="none", seeds=(), finite=None, l
     given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
     given.bases = [tuple(bases[i::count]) for i in range(count)]
     WeightNormAdam().step_(given, Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate"), kernel)
+
+
+def momentum_bucket(shape, rank, side, dtype, count=2, device="cpu"):
+    """params, grads, momenta, averages of squares by rows and columns, old and new bases, steps; a row of G is zero.
+
+    The last matrix changes its basis.
+    """
+    params, grads, momenta, _, old, steps = bucket(shape, rank, side, dtype, count, device)
+    grads[0][shape[0] // 2] = 0
+    averages = [[torch.rand(size, device=device) for _ in range(count)] for size in shape]
+    steps = [step + 1 for step in steps]
+    new = [b if i % count < count - 1 else b.flip(0).contiguous() for i, b in enumerate(old)]
+    return params, grads, momenta, *averages, old, new, steps
+
+
+def step_momenta(kernel, lists, side, transform="none", seeds=(), finite=None, lr=RATE, clip=0.3):
+    """One step of CompressedAdafactor: in one call if the kernel has it, otherwise in pieces."""
+    *slots, old, new, steps = lists
+    count, (params, grads, *averages) = len(steps), slots
+    plan = Plan(*[tuple(params[0].shape)] * 2, None, side, old[0].shape[1], params[0].dtype, params[0].device)
+    keys = ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col", "step")
+    states = [dict(zip(keys, own)) for own in zip(*averages, steps)]
+    given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
+    given.previous = [tuple(old[i::count]) for i in range(count)]
+    given.bases = [*given.previous[:-1], tuple(new[count - 1 :: count])]
+    hyper = Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate")
+    CompressedAdafactor(clip_threshold=clip).step_(given, hyper, kernel)
 
 
 def twice(lists, pad=3):

@@ -16,10 +16,12 @@ from buckets import (
     error,
     length_bucket,
     members,
+    momentum_bucket,
     part_and_whole,
     some_unusable,
     step_coded,
     step_lengths,
+    step_momenta,
     twice,
     update_coded,
 )
@@ -248,6 +250,52 @@ def test_rows_of_what_is_not_finite_are_left_alone(side):
     step_lengths(kernels, mine, side, "cautious", (5, 6, 7, 8), flags)
     step_lengths(reference, theirs, side, "cautious", (5, 6, 7, 8), flags)
     for own in (mine, theirs):
+        stepped, left = members(own, flags)
+        assert not any(x.isnan().any() for column in stepped for x in column)
+        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
+    assert error(members(mine, flags)[0][0], members(theirs, flags)[0][0]) < 2e-2
+    assert unharmed()
+
+
+# ---- Flora's whole step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("right", "cautious"), ("both", "cautious")]
+)
+def test_whole_gradients_beside_a_compressed_momentum(side, transform, monkeypatch):
+    monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
+    for shape, rank, rates in (((33, 17), 5, HOST_LR), ((40, 140), 20, torch.tensor([0.5, 0.7, 0.2]))):
+        mine, theirs, unharmed = twice(momentum_bucket(shape, rank, side, torch.float32, count=3))
+        step_momenta(kernels, mine, side, transform, lr=rates)
+        theirs = [[t.double() for t in column] for column in theirs]
+        step_momenta(reference, theirs, side, transform, lr=rates)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 2e-6
+        assert unharmed()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_momenta_in_half_precision(side, exact):
+    for dtype in BITS16:
+        mine, theirs, unharmed = twice(momentum_bucket((40, 72), 8, side, dtype), pad=16)
+        for kernel, lists in ((kernels, mine), (reference, theirs)):
+            step_momenta(kernel, lists, side, "none", SEEDS)
+        for a, b in zip(mine[2:], theirs[2:]):
+            assert error(a, b) < 2e-6
+        for a, b in zip(mine[0], theirs[0]):  # rounded by the same bits, of a value that may differ in its last one
+            assert (a != b).sum() <= 2 + 1e-3 * a.numel()
+        assert unharmed()
+
+
+@pytest.mark.parametrize("side", ["right", "both"])
+def test_momenta_of_what_is_not_finite_are_left_alone(side):
+    """By the whole step, and by the pieces of a kernel that has none."""
+    lists = momentum_bucket((9, 14), 3, side, torch.bfloat16, count=4)
+    flags = some_unusable(lists)
+    mine, theirs, unharmed = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        step_momenta(kernel, own, side, "cautious", (5, 6, 7, 8), flags, torch.tensor([0.1, 0.2, 0.3, 0.4]))
         stepped, left = members(own, flags)
         assert not any(x.isnan().any() for column in stepped for x in column)
         torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)

@@ -31,14 +31,17 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
-TYPES |= {"kept": "*i64"} | dict.fromkeys(("signed", "unsigned", "lengths", "squares"), "*fp32")
+FLOATS = ("signed", "unsigned", "lengths", "numbers", "squares", "clips", "sums", "row_sums", "column_sums")
+TYPES |= {"kept": "*i64", "tiles": "i32"} | dict.fromkeys(FLOATS, "*fp32")
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
 TYPES |= {"seed": "i64", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {
     "ALIGN": 16,
     "LR": -1,
-    "TANGENT": False,
+    "KIND": "whole",
+    "AVERAGE": False,
+    "TRANSFORM": "none",
     "MEASURE": False,
     "GRAMS": True,
     "CAUTIOUS": False,
@@ -50,17 +53,17 @@ COMMON = {
 }
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]+\], \[[^]]+\], 0x10")  # 16 bytes
-NARROW = ("advance", "decode, packed True")  # of a few numbers, or of half bytes: nothing lies together
+NARROW = ("advance", "averages", "normalisers", "clip", "decode, packed True")  # of a few numbers, or of half bytes
 SAME_CODE = (86, 89)  # as for 80, but for the limits: the mirrored sides are not compiled again
 
 
 def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=False, **constants):
     """Registers, stack bytes, bytes of shared memory and PTX of a kernel.
 
-    `aligned`: n is a multiple of 16; `rows`: their lengths are given.
+    `aligned`: n is a multiple of 16; `rows`: numbers of rows are given.
     """
     names = kernel.arg_names
-    constants |= {} if rows else {"lengths": None, "squares": None}
+    constants |= {} if rows else dict.fromkeys(("lengths", "squares", "numbers"))
     constants = {name: value for name, value in constants.items() if name in names}
     multiples = {"table", "corrections", "size", "m", "n", "rank", "pitch"} - (set() if aligned else {"n", "pitch"})
     multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
@@ -100,6 +103,13 @@ def variants(capability):
     lengths = kernels._LENGTH_BLOCKS
     tile = {"ROWS": lengths.rows, "COLUMNS": lengths.columns, "warps": lengths.warps, "stages": lengths.stages}
     yield "lengths", device.lengths, tile | {"W": tl.bfloat16, "G": tl.bfloat16, "rows": True}
+    squares = kernels._SQUARE_BLOCKS
+    tile = {"ROWS": squares.rows, "COLUMNS": squares.columns, "warps": squares.warps, "stages": squares.stages}
+    yield "squares", device.squares, tile | {"G": tl.bfloat16}
+    if capability not in SAME_CODE:
+        yield "averages", device.averages, tile | {"BLOCK": kernels._BLOCK}
+        yield "normalisers", device.normalisers, {"BLOCK": kernels._BLOCK, "rows": True}
+        yield "clip", device.clip, {"BLOCK": kernels._BLOCK, "TRANSFORM": "cautious"}
     for dot, dtype in OPERANDS.items():
         types = dict.fromkeys(("W", "G", "Q", "IN", "OUT"), dtype) | {"DOT": dot, "NOISE": 8 if dot == "bf16" else 0}
         for name in ("fused", "project", "apply"):
@@ -112,9 +122,17 @@ def variants(capability):
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
                 rows = types | tile | dict.fromkeys(("IN", "OUT"), tl.float32) | {"ADAM": False, "rows": True}
                 if name == "project":  # of GradNormLoRP, as what follows
-                    rows |= {"TANGENT": True, "stages": kernels._TANGENT_STAGES}
+                    rows |= {"KIND": "tangent", "stages": kernels._KIND_STAGES}
                 if name != "fused":
                     yield f"{name} {dot} rows", kernel, rows | {"LEFT": name == "project" and dot == "bf16"}
+                # of Flora
+                momentum = types | tile | {"ADAM": False, "LEFT": dot == "bf16", "TRANSFORM": "cautious", "rows": True}
+                if name == "project":
+                    average = {"OUT": tl.float32, "KIND": "normalised", "AVERAGE": True, "stages": kernels._KIND_STAGES}
+                    yield f"{name} {dot} average", kernel, momentum | average
+                if name == "apply":
+                    for measure in (False, True):
+                        yield f"blend {dot}, measure {measure}", device.blend, momentum | {"MEASURE": measure}
                 if name == "apply" and dot == "bf16":
                     yield f"{name} {dot} measure", kernel, rows | {"LEFT": False, "MEASURE": True}
                 if name != "fused" and dot == "bf16" and capability <= 90:  # as of a 2048 × 5461 matrix

@@ -201,12 +201,16 @@ def compressed_adafactor_(
     scale: float,
     side: Side | None,
     transform: str,
+    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.CompressedAdafactor, with D as the one temporary of the size of a matrix."""
+    columns: list[Any] = [params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried]
+    columns += [steps, seeds]
+    if finite is not None:
+        columns, lr = reference.taken(finite, *columns), reference.taken_rates(finite, lr)
     _ops.compressed_adafactor_(
-        *(params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried, steps, seeds, lr, beta1),
-        *(decay_rate, clip_threshold, weight_decay, scale, ops.SIDES.index(side), TRANSFORMS.index(transform)),
-        _products(),
+        *(*columns, lr, beta1, decay_rate, clip_threshold, weight_decay, scale),
+        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
     )
     _written(params)
 

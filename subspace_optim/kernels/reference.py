@@ -17,7 +17,7 @@ count. So a kernel can skip what the host need not wait to know of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, cycle
 from typing import Any
@@ -154,7 +154,7 @@ def apply_(
     """
     if finite is not None:
         params, updates, bases, steps, seeds = taken(finite, params, updates, bases, steps, seeds)
-        lr = lr[finite.to(lr.device)] if lr.ndim else lr
+        lr = taken_rates(finite, lr)
     rates = lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
     for i, (param, update, rate) in enumerate(zip(params, updates, rates, strict=True)):
@@ -228,6 +228,33 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
     return [list(compress(column, cycle(taken))) for column in columns]
 
 
+def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
+    """The learning rates of these tensors, if there is one for each."""
+    return lr[finite.to(lr.device)] if lr.ndim else lr
+
+
+def moved(
+    moments: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side | None,
+    carried: Sequence[bool],
+    project: Callable[..., list[Tensor]],
+) -> list[Tensor]:
+    """The moments, those to be carried in their new bases: right M c, left cᵀ M, c being Q_oldᵀ Q_new.
+
+    `project` is that of a kernel, which takes all of a list at once.
+    """
+    out, which = list(moments), [i for i, moves in enumerate(carried) if moves]
+    sides = ((0, "left"), (len(out), "right")) if side == "both" else ((0, side),)
+    for begin, one in sides if which else ():
+        old, new = ([column[begin + i] for i in which] for column in (previous, bases))
+        changes = project(new, old, "left", new[0].dtype)
+        for i, x in zip(which, project([out[i] for i in which], changes, one, new[0].dtype), strict=True):
+            out[i] = x
+    return out
+
+
 @contextmanager
 def contiguous(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """The columns as kernels address them; what is not contiguous is a copy, which is copied back at the end."""
@@ -269,7 +296,7 @@ def coded_adam_(
     if finite is not None:
         columns = (params, grads, codes, scales, streams, steps, seeds)
         params, grads, codes, scales, streams, steps, seeds = taken(finite, *columns)
-        lr = lr[finite.to(lr.device)] if lr.ndim else lr
+        lr = taken_rates(finite, lr)
     rates = lr.double().expand(len(params)).tolist()
     for i, (param, grad, rate) in enumerate(zip(params, grads, rates, strict=True)):
         whole = param.contiguous()

@@ -33,6 +33,7 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
+    "compressed_adafactor_",
     "decode",
     "encode_",
     "grad_max",
@@ -97,7 +98,8 @@ BLOCKS = {
 
 
 _LENGTH_BLOCKS = Blocks(16, 128, 0, 0, 4, 2)
-_TANGENT_STAGES = 2  # of project where a stage holds tiles of G and of W
+_SQUARE_BLOCKS = Blocks(32, 128, 0, 0, 4, 1)
+_KIND_STAGES = 2  # of project where a stage holds more than a tile of G
 
 
 def supports(plan: Plan | None) -> str | None:
@@ -114,6 +116,12 @@ def supports(plan: Plan | None) -> str | None:
 def blocks(kernel: str, dot: str, capability: int) -> Blocks:
     """The program shape of a kernel on an architecture: 80, 86, 89, 90, 100, 120."""
     return BLOCKS[kernel, dot in _DOT_TYPES, capability // 10 * 10 if 90 <= capability < 110 else 80]
+
+
+def _tile(shape: Blocks) -> dict[str, Any]:
+    """Of a launch."""
+    sizes = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth, "SLICE": shape.slice}
+    return sizes | {"blocks": shape}
 
 
 @lru_cache
@@ -256,44 +264,48 @@ def _project_all(
     eps: float = 0.0,
     grams: bool = False,
     finite: Tensor | None = None,
-    tangent: tuple[Sequence[Tensor], Tensor] | None = None,
+    kind: str = "whole",
+    numbers: Tensor | None = None,
+    params: Sequence[Tensor] = (),
+    average: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """R in `dtype`, of the tangential part of G where W and its lengths are given.
+    """R in `dtype`; of what another kind (see kernels._gradient) makes of G by its numbers and, tangential, by W.
 
-    With moments (exp_avgs, exp_avg_sqs, steps), N, and they advance.
+    With moments (exp_avgs, exp_avg_sqs, steps), N, and they advance. With an average (outputs, what they were), it
+    advances by R.
     """
     (m, n), rank = grads[0].shape, bases[0].shape[-1]
     other = n if side == "left" else m
     bases = _operands(bases, dot)
     low = (rank, n) if side == "left" else (m, rank)
-    out = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
-    params, lengths = tangent or ((), None)
-    steps = moments[2] if moments else ()
-    table = _table(out, grads, *(moments[:2] if moments else ((), ())), bases, steps, (), _addresses(params))
+    empty: Sequence[Tensor] = ()
+    if average is None:
+        out: Sequence[Tensor] = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
+        past, squares, steps = moments or (empty, empty, empty)
+    else:
+        (out, past), squares, steps = average, empty, empty
+    table = _table(out, grads, past, squares, bases, steps, (), _addresses(params))
     corrections = _advanced(table, len(out), *betas, finite) if moments else None
     shape = blocks("project", dot, _capability(grads[0].device))
-    shape = shape._replace(stages=_TANGENT_STAGES) if tangent else shape
+    shape = shape if kind == "whole" else shape._replace(stages=_KIND_STAGES)
     _launch(
         kernels.project,
         (triton.cdiv(other, shape.rows) * triton.cdiv(rank, shape.columns), len(out)),
         table,
         finite,
-        *(corrections, lengths, m, n, rank, *_moment_scalars(*betas, eps)),
+        *(corrections, numbers, m, n, rank, *_moment_scalars(*betas, eps)),
         OUT=_TYPES[dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
-        W=_TYPES[params[0].dtype] if tangent else None,
+        W=_TYPES[params[0].dtype] if params else None,
         ALIGN=table.align,
         DOT=dot,
         LEFT=side == "left",
-        TANGENT=tangent is not None,
+        KIND=kind,
         ADAM=moments is not None,
+        AVERAGE=average is not None,
         GRAMS=grams,
-        ROWS=shape.rows,
-        COLUMNS=shape.columns,
-        DEPTH=shape.depth,
-        SLICE=shape.slice,
-        blocks=shape,
+        **_tile(shape),
     )
     return list(out)
 
@@ -464,11 +476,7 @@ def _apply_all(
             SIGN=sign,
             MEASURE=measure,
             NOISE=_noise_mode(params, seeds, n, window.origin, pitch),
-            ROWS=shape.rows,
-            COLUMNS=shape.columns,
-            DEPTH=shape.depth,
-            SLICE=shape.slice,
-            blocks=shape,
+            **_tile(shape),
         )
 
 
@@ -649,7 +657,8 @@ def weight_norm_adam_(
                 blocks=_LENGTH_BLOCKS,
             )
             first: Side | None = "left" if side == "both" else side
-            lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, tangent=(w, lengths))
+            tangent: Any = {"kind": "tangent", "numbers": lengths, "params": w}
+            lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, **tangent)
             if side == "both":
                 lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
             updates = _updates(lows, means, squares, k, corrections, beta1, beta2, eps, transform, False, some)
@@ -657,6 +666,143 @@ def weight_norm_adam_(
                 updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
             outer, last = (rights, "right") if side == "both" else (lefts, side)
             _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
+
+
+def compressed_adafactor_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    row_averages: list[Tensor],
+    column_averages: list[Tensor],
+    previous: list[Tensor],
+    bases: list[Tensor],
+    carried: list[bool],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    decay_rate: float,
+    clip_threshold: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """The whole step of rules.CompressedAdafactor for a bucket, without a temporary as large as a matrix.
+
+    G is read for the sums of squares of its rows and columns, for the length of D, for the write of W and for the
+    projection of U; back(momentum) is formed for both of the middle ones.
+    """
+    count, (m, n) = len(params), params[0].shape
+    kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
+    grads = [grad.to(kind).contiguous() for grad in grads]
+    torch.autograd.graph.increment_version(params)
+    between = sum(basis.numel() for basis in bases) // count if side == "both" else 0
+    sums = m * triton.cdiv(n, _SQUARE_BLOCKS.columns) + n * triton.cdiv(m, _SQUARE_BLOCKS.rows)
+    part = max(1, _WORKSPACE // (4 * (between + sums)))
+    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
+        for at in (slice(start, start + part) for start in range(0, count, part)):
+            w, momenta, rows, columns, g, k = (column[at] for column in (*own, grads, steps))
+            old, new = ([*q[:count][at], *q[count:][at]] for q in (previous, bases))
+            some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
+            numbers = _normalisers(g, rows, columns, k, decay_rate, some)
+            blended = (w, g, momenta, old, k, seeds[at], numbers, rates, beta1, clip_threshold, weight_decay, scale)
+            _blend(*blended, side, transform, some)
+            past = reference.moved(momenta, old, new, side, carried[at], project)
+            how: dict[str, Any] = {"betas": (beta1, 0.0), "finite": some}
+            update: dict[str, Any] = {"kind": "normalised", "numbers": numbers}
+            if side == "both":
+                g = _project_all(g, new[: len(w)], "left", torch.float32, _normalised_dot(kind), finite=some, **update)
+                new, update, kind = new[len(w) :], {}, torch.float32
+            last: Side | None = "right" if side == "both" else side
+            _project_all(g, new, last, torch.float32, _normalised_dot(kind), average=(momenta, past), **how, **update)
+
+
+def _normalised_dot(kind: torch.dtype) -> str:
+    """How products of U and its average multiply: no bound of theirs is float16's."""
+    return DOT[torch.float32 if kind == torch.float16 else kind]
+
+
+def _normalisers(
+    grads: Sequence[Tensor],
+    row_averages: Sequence[Tensor],
+    column_averages: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    decay_rate: float,
+    finite: Tensor | None,
+) -> Tensor:
+    """What the rows and columns of every G are multiplied by to be U, (count, m + n); steps and averages advance."""
+    count, (m, n), shape = len(grads), grads[0].shape, _SQUARE_BLOCKS
+    table = _table(grads, grads, (), row_averages, (), steps, (), _addresses(column_averages))
+    _advanced(table, count, 0.0, 0.0, finite)
+    across, down = triton.cdiv(n, shape.columns), triton.cdiv(m, shape.rows)
+    sizes = (across * m, down * n, m + n)
+    row_sums, column_sums, numbers = (
+        torch.empty((count, size), dtype=torch.float32, device=grads[0].device) for size in sizes
+    )
+    sums = (row_sums, column_sums, m, n)
+    tile: dict[str, Any] = {"ROWS": shape.rows, "COLUMNS": shape.columns}
+    types: dict[str, Any] = {"G": _TYPES[grads[0].dtype], "ALIGN": table.align}
+    _launch(kernels.squares, (across * down, count), table, finite, *sums, **types, **tile, blocks=shape)
+    lines = (triton.cdiv(max(m, n), _BLOCK), count)
+    _launch(kernels.averages, lines, table, finite, *sums, decay_rate, **tile, BLOCK=_BLOCK)
+    _launch(kernels.normalisers, lines, table, finite, numbers, m, n, BLOCK=_BLOCK)
+    return numbers
+
+
+def _blend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    bases: list[Tensor],
+    steps: Sequence[Tensor],
+    seeds: Sequence[int],
+    numbers: Tensor,
+    lr: Tensor,
+    beta1: float,
+    threshold: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+    finite: Tensor | None,
+) -> None:
+    """W takes its step along D."""
+    dot, count, (m, n), device = _normalised_dot(params[0].dtype), len(params), params[0].shape, params[0].device
+    if side == "both":
+        float32 = DOT[torch.float32]
+        lefts, bases, side = _operands(bases[:count], float32), bases[count:], "right"
+        momenta = _project_all(lefts, list(momenta), "right", torch.float32, float32, finite=finite)  # P M
+    bases = _operands(bases, dot)
+    table = _table(params, grads, momenta, (), bases, steps, seeds)
+    shape = blocks("apply", dot, _capability(device))
+    tiles = triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns)
+    squares, clips = (torch.empty((count, size), dtype=torch.float32, device=device) for size in (tiles, 1))
+    kept = torch.zeros(count, dtype=torch.int64, device=device)
+    rate, mode = _learning_rate(lr)
+    for measure in (True, False):
+        _launch(
+            kernels.blend,
+            (tiles, count),
+            table,
+            finite,
+            *(numbers, squares, kept, clips, rate, m, n, bases[0].shape[-1], beta1, weight_decay, scale),
+            W=_TYPES[params[0].dtype],
+            G=_TYPES[grads[0].dtype],
+            Q=_TYPES[bases[0].dtype],
+            ALIGN=table.align,
+            LR=mode,
+            DOT=dot,
+            LEFT=side == "left",
+            TRANSFORM=transform,
+            MEASURE=measure,
+            NOISE=_noise_mode(params, seeds, n),
+            **_tile(shape),
+        )
+        if measure:
+            own = (squares, finite, kept, clips, m, n, tiles, threshold)
+            _start(kernels.clip, (1, count), *own, TRANSFORM=transform, BLOCK=_BLOCK)
 
 
 def encode_(

@@ -11,6 +11,9 @@ tensor and program_id(0) the block within it.
     apply        larger ranks, second half: back(N) tile by tile, in whose epilogue W is written
     lengths      GradNormLoRP: the lengths and radial parts of rows, and Adam on these; then project of the tangential
                   part, and apply twice, the first time for the lengths that rows would come to
+    squares      Flora: sums of squares of G by rows and columns; `averages` advances V by them, and `normalisers` are
+                  what the rows and columns of G are multiplied by to be U. `blend` makes D of U and the momentum: once
+                  for the root mean square by which `clip` shortens the step, once to write W. At last project of U
     encode       a quantised tensor at a time: scales, codes and their rounding in one pass; decode is its inverse
     coded_adam   dense, or R that is there already, on quantised moments: decoded, advanced, coded again and W or N
                   written in one pass
@@ -61,12 +64,21 @@ def _load(pointer, i, j, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _gradient(g, w, lengths, i, j, m, n, TANGENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile at (i, j) of G, or where TANGENT of its part along which the length of no row of W changes."""
+def _gradient(g, w, numbers, i, j, m, n, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile at (i, j) of G.
+
+    KIND: "tangent", the part along which the length of no row of W changes; "normalised", U, by its normalisers.
+    """
     grad = _load(g, i, j, m, n, ROWS, COLUMNS)
-    if TANGENT:
-        along = _row_numbers(lengths, 0, i, m, ROWS, 0.0)
+    if KIND == "tangent":
+        along = _row_numbers(numbers, 0, i, m, ROWS, 0.0)
         grad = grad.to(tl.float32) - _load(w, i, j, m, n, ROWS, COLUMNS).to(tl.float32) * along[:, None]
+    elif KIND == "normalised":
+        row, column = i + tl.arange(0, ROWS), j + tl.arange(0, COLUMNS)
+        own = numbers + tl.program_id(1).to(tl.int64) * (m + n)
+        by_row = tl.load(own + row, mask=row < m, other=0.0)
+        by_column = tl.load(own + m + column, mask=column < n, other=0.0)
+        grad = grad.to(tl.float32) * by_row[:, None] * by_column[None, :]
     return grad
 
 
@@ -290,21 +302,21 @@ def _accumulate(
     RANK: tl.constexpr,
     DEPTH: tl.constexpr,
     w=None,
-    lengths=None,
-    TANGENT: tl.constexpr = False,
+    numbers=None,
+    KIND: tl.constexpr = "whole",
 ):
     """G Q for ROWS rows of G from o (left: Qᵀ G for as many columns) and RANK columns of Q from r."""
     if LEFT:
         low = tl.zeros((RANK, ROWS), tl.float32)
         for d in range(0, m, DEPTH):
             basis = _load(q, d, r, m, rank, DEPTH, RANK)  # (DEPTH, RANK)
-            grad = _gradient(g, w, lengths, d, o, m, n, TANGENT, DEPTH, ROWS)  # (DEPTH, ROWS)
+            grad = _gradient(g, w, numbers, d, o, m, n, KIND, DEPTH, ROWS)  # (DEPTH, ROWS)
             low = _dot(tl.trans(basis), grad, low, DOT)  # (RANK, ROWS)
     else:
         low = tl.zeros((ROWS, RANK), tl.float32)
         for d in range(0, n, DEPTH):
             basis = _load(q, d, r, n, rank, DEPTH, RANK)  # (DEPTH, RANK)
-            grad = _gradient(g, w, lengths, o, d, m, n, TANGENT, ROWS, DEPTH)  # (ROWS, DEPTH)
+            grad = _gradient(g, w, numbers, o, d, m, n, KIND, ROWS, DEPTH)  # (ROWS, DEPTH)
             low = _dot(grad, basis, low, DOT)  # (ROWS, RANK)
     return low
 
@@ -537,7 +549,7 @@ def project(
     table,
     finite,
     corrections,
-    lengths,
+    numbers,
     m,
     n,
     rank,
@@ -552,15 +564,19 @@ def project(
     ALIGN: tl.constexpr,
     DOT: tl.constexpr,
     LEFT: tl.constexpr,
-    TANGENT: tl.constexpr,
+    KIND: tl.constexpr,
     ADAM: tl.constexpr,
+    AVERAGE: tl.constexpr,
     GRAMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """R of every tensor to the output, or where ADAM its N; see _gradient for TANGENT."""
+    """R of every tensor to the output, see _gradient for KIND; or where ADAM its N.
+
+    AVERAGE: the first moment advances by R, to the output.
+    """
     if _left_alone(finite):
         return
     tiles = tl.cdiv(rank, COLUMNS)
@@ -568,8 +584,8 @@ def project(
     r = tl.program_id(0) % tiles * COLUMNS
     g = _at(table, 1, G, ALIGN)
     q = _at(table, 4, Q, ALIGN)
-    w = _at(table, 7, W, ALIGN) if TANGENT else None
-    low = _accumulate(g, q, o, r, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH, w, lengths, TANGENT)
+    w = _at(table, 7, W, ALIGN) if KIND == "tangent" else None
+    low = _accumulate(g, q, o, r, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH, w, numbers, KIND)
     out = _at(table, 0, OUT, ALIGN)
     if LEFT:
         if ADAM:
@@ -577,6 +593,9 @@ def project(
                 *(table, corrections, low, r, o, rank, n, alpha1, beta2, alpha2, eps),
                 *(ALIGN, GRAMS, COLUMNS, ROWS, SLICE),
             )
+        if AVERAGE:
+            past = _load(_at(table, 2, tl.float32, ALIGN), r, o, rank, n, COLUMNS, ROWS)
+            low = past + alpha1 * (low - past)
         inside = _inside(r, o, rank, n, COLUMNS, ROWS)
         tl.store(_tile(out, r, o, n, COLUMNS, ROWS), low.to(OUT), mask=inside)
     else:
@@ -585,8 +604,38 @@ def project(
                 *(table, corrections, low, o, r, m, rank, alpha1, beta2, alpha2, eps),
                 *(ALIGN, GRAMS, ROWS, COLUMNS, SLICE),
             )
+        if AVERAGE:
+            past = _load(_at(table, 2, tl.float32, ALIGN), o, r, m, rank, ROWS, COLUMNS)
+            low = past + alpha1 * (low - past)
         inside = _inside(o, r, m, rank, ROWS, COLUMNS)
         tl.store(_tile(out, o, r, rank, ROWS, COLUMNS), low.to(OUT), mask=inside)
+
+
+@triton.jit
+def _back(
+    update,
+    q,
+    i,
+    j,
+    m,
+    n,
+    rank,
+    LEFT: tl.constexpr,
+    DOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The tile at (i, j) of back(N)."""
+    step = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for r in range(0, rank, DEPTH):
+        if LEFT:
+            basis = _load(q, i, r, m, rank, ROWS, DEPTH)  # (ROWS, DEPTH)
+            step = _dot(basis, _load(update, r, j, rank, n, DEPTH, COLUMNS), step, DOT)  # (ROWS, COLUMNS)
+        else:
+            basis = _load(q, j, r, n, rank, COLUMNS, DEPTH)  # (COLUMNS, DEPTH)
+            step = _dot(_load(update, i, r, m, rank, ROWS, DEPTH), tl.trans(basis), step, DOT)  # (ROWS, COLUMNS)
+    return step
 
 
 @triton.jit
@@ -628,16 +677,8 @@ def apply(
     tiles = tl.cdiv(n, COLUMNS)
     i = tl.program_id(0) // tiles * ROWS
     j = tl.program_id(0) % tiles * COLUMNS
-    update = _at(table, 1, IN, ALIGN)
-    q = _at(table, 4, Q, ALIGN)
-    step = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for r in range(0, rank, DEPTH):
-        if LEFT:
-            basis = _load(q, i, r, m, rank, ROWS, DEPTH)  # (ROWS, DEPTH)
-            step = _dot(basis, _load(update, r, j, rank, n, DEPTH, COLUMNS), step, DOT)  # (ROWS, COLUMNS)
-        else:
-            basis = _load(q, j, r, n, rank, COLUMNS, DEPTH)  # (COLUMNS, DEPTH)
-            step = _dot(_load(update, i, r, m, rank, ROWS, DEPTH), tl.trans(basis), step, DOT)  # (ROWS, COLUMNS)
+    update, q = _at(table, 1, IN, ALIGN), _at(table, 4, Q, ALIGN)
+    step = _back(update, q, i, j, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH)
     w = _at(table, 0, W, ALIGN)
     rate = _rate(lr, LR)
     factor = None
@@ -655,6 +696,186 @@ def apply(
         factor = tl.where((aim >= 0) & (length > 0), tl.div_rn(aim, tl.where(length > 0, length, 1.0)), 1.0)
     same = (table, w, step, rate, weight_decay, scale)
     _write(*same, i, j, m, n, origin, pitch, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
+
+
+@triton.jit
+def squares(
+    table,
+    finite,
+    row_sums,
+    column_sums,
+    m,
+    n,
+    G: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Of a tile of G, sums of squares: by rows (tensor, tile of columns, row), and by columns."""
+    if _left_alone(finite):
+        return
+    across = tl.cdiv(n, COLUMNS)
+    i, j = tl.program_id(0) // across, tl.program_id(0) % across
+    grad = _load(_at(table, 1, G, ALIGN), i * ROWS, j * COLUMNS, m, n, ROWS, COLUMNS).to(tl.float32)
+    row, column = i * ROWS + tl.arange(0, ROWS), j * COLUMNS + tl.arange(0, COLUMNS)
+    tensor = tl.program_id(1).to(tl.int64)
+    tl.store(row_sums + (tensor * across + j) * m + row, tl.sum(grad * grad, 1), mask=row < m)
+    tl.store(column_sums + (tensor * tl.cdiv(m, ROWS) + i) * n + column, tl.sum(grad * grad, 0), mask=column < n)
+
+
+@triton.jit
+def averages(
+    table,
+    finite,
+    row_sums,
+    column_sums,
+    m,
+    n,
+    decay,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Those of squares by rows and by columns advance, by the sums that `squares` has found in tiles."""
+    if _left_alone(finite):
+        return
+    step = tl.load(_at(table, 5, tl.float32, 4)).to(tl.float64)
+    fresh = tl.exp(-decay * tl.log(step)).to(tl.float32)  # 1 - β₂
+    _average(_at(table, 3, tl.float32, 4), row_sums, tl.cdiv(n, COLUMNS), m, n, fresh, BLOCK)
+    _average(_at(table, 7, tl.float32, 4), column_sums, tl.cdiv(m, ROWS), n, m, fresh, BLOCK)
+
+
+@triton.jit
+def _average(kept, sums, tiles, length, elements, fresh, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = sums + tl.program_id(1).to(tl.int64) * tiles * length + at
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(tiles):
+        total += tl.load(own + tile * length, mask=at < length, other=0.0)
+    past = tl.load(kept + at, mask=at < length, other=0.0)
+    mean = tl.div_rn(total, tl.to_tensor(elements).to(tl.float32)) + 1e-30
+    tl.store(kept + at, past + fresh * (mean - past), mask=at < length)
+
+
+@triton.jit
+def normalisers(table, finite, numbers, m, n, BLOCK: tl.constexpr):
+    """What makes G to U: of every row, then of every column."""
+    if _left_alone(finite):
+        return
+    rows, columns = _at(table, 3, tl.float32, 4), _at(table, 7, tl.float32, 4)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, m, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        total += tl.load(rows + row, mask=row < m, other=0.0)
+    root = tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), tl.to_tensor(m).to(tl.float32)))
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = numbers + tl.program_id(1).to(tl.int64) * (m + n) + at
+    tl.store(own, tl.div_rn(root, tl.sqrt_rn(tl.load(rows + at, mask=at < m, other=1.0))), mask=at < m)
+    tl.store(own + m, tl.div_rn(1.0, tl.sqrt_rn(tl.load(columns + at, mask=at < n, other=1.0))), mask=at < n)
+
+
+@triton.jit
+def _blended(
+    g,
+    numbers,
+    step,
+    i,
+    j,
+    m,
+    n,
+    beta1,
+    TRANSFORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """D of the tile at (i, j), of which `step` is the history; SLICE columns at a time, as _advance_tile."""
+    if COLUMNS > SLICE:
+        HALF: tl.constexpr = COLUMNS // 2
+        a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
+        a = _blended(g, numbers, a, i, j, m, n, beta1, TRANSFORM, ROWS, HALF, SLICE)
+        b = _blended(g, numbers, b, i, j + HALF, m, n, beta1, TRANSFORM, ROWS, HALF, SLICE)
+        return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, COLUMNS))
+    else:
+        fresh = _gradient(g, None, numbers, i, j, m, n, "normalised", ROWS, COLUMNS)
+        step = beta1 * step + (1 - beta1) * fresh
+        if TRANSFORM == "grams":  # U has the sign of G
+            step = tl.abs(step) * _sign(fresh)
+        elif TRANSFORM == "cautious":
+            step = tl.where((step > 0) & (fresh > 0) | (step < 0) & (fresh < 0), step, 0.0)
+        return step
+
+
+@triton.jit
+def blend(
+    table,
+    finite,
+    numbers,
+    sums,
+    kept,
+    clips,
+    lr,
+    m,
+    n,
+    rank,
+    beta1,
+    weight_decay,
+    scale,
+    W: tl.constexpr,
+    G: tl.constexpr,
+    Q: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LR: tl.constexpr,
+    DOT: tl.constexpr,
+    LEFT: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    MEASURE: tl.constexpr,
+    NOISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """W takes a step along D, times that of `clips`.
+
+    MEASURE: only the sum of the squares of D on this tile, to `sums` (tensor, tile), and how many `kept` are not 0.
+    """
+    if _left_alone(finite):
+        return
+    tiles = tl.cdiv(n, COLUMNS)
+    i = tl.program_id(0) // tiles * ROWS
+    j = tl.program_id(0) % tiles * COLUMNS
+    momentum, q = _at(table, 2, tl.float32, ALIGN), _at(table, 4, Q, ALIGN)
+    step = _back(momentum, q, i, j, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH)
+    step = _blended(_at(table, 1, G, ALIGN), numbers, step, i, j, m, n, beta1, TRANSFORM, ROWS, COLUMNS, SLICE)
+    if MEASURE:
+        own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(sums + own, tl.sum(tl.sum(step * step, 1), 0))
+        if TRANSFORM == "cautious":
+            _count(tl.reshape(step != 0, (ROWS * COLUMNS,)), kept)
+        return
+    scale *= tl.load(clips + tl.program_id(1))
+    same = (table, _at(table, 0, W, ALIGN), step, _rate(lr, LR), weight_decay, scale)
+    _write(*same, i, j, m, n, 0, n, False, NOISE, ROWS, COLUMNS, SLICE)
+
+
+@triton.jit
+def clip(sums, finite, kept, clips, m, n, tiles, threshold, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr):
+    """What D is multiplied by, to have a root mean square of at most the threshold; cautious makes up for what is 0."""
+    if _left_alone(finite):
+        return
+    own = sums + tl.program_id(1).to(tl.int64) * tiles
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, tiles, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        total += tl.load(own + tile, mask=tile < tiles, other=0.0).to(tl.float64)
+    size = tl.to_tensor(m).to(tl.float64) * n
+    longer = 1.0
+    if TRANSFORM == "cautious":
+        share = tl.load(kept + tl.program_id(1)).to(tl.float64) / size
+        longer = 1.0 / tl.maximum(share, 1e-3)
+    length = longer * tl.sqrt(tl.sum(total, 0) / size)
+    tl.store(clips + tl.program_id(1), (longer / tl.maximum(length / threshold, 1.0)).to(tl.float32))
 
 
 @triton.jit
