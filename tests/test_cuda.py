@@ -20,10 +20,12 @@ from buckets import (
     error,
     length_bucket,
     members,
+    momentum_bucket,
     part_and_whole,
     some_unusable,
     step_coded,
     step_lengths,
+    step_momenta,
     twice,
     update_coded,
 )
@@ -421,6 +423,63 @@ def test_strided_rows_are_stepped_in_their_places():
     assert error(mine[0], theirs[0]) < 4e-6
 
 
+# ---- Flora's whole step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [emulated.BACKWARD, emulated.RANDOM])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("side", SIDES)
+def test_whole_gradients_beside_a_compressed_momentum(side, transform, order, library, monkeypatch):
+    library.emulator_order(order)
+    monkeypatch.setattr(kernels, "_WORKSPACE", 2**14)  # in parts
+    for (shape, rank), rates in zip(SHAPES[1:4], (RATE, torch.tensor(0.7), torch.tensor([0.5, 0.7, 0.2]))):
+        mine, theirs, unharmed = twice(momentum_bucket(shape, rank, side, torch.float32, 3), PADS[order % 2])
+        step_momenta(kernels, mine, side, transform, lr=rates)
+        assert unharmed()
+        theirs = [[t.double() for t in column] for column in theirs]
+        step_momenta(reference, theirs, side, transform, lr=rates)
+        for a, b in zip(mine, theirs):
+            assert error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_momenta_in_half_precision(side, dtype):
+    """U, basis and momentum are rounded to bfloat16 where the gradient was; to float16 they are not."""
+    mine, theirs, unharmed = twice(momentum_bucket((70, 130), 9, side, dtype), 16)
+    for kernel, lists in ((kernels, mine), (reference, theirs)):
+        step_momenta(kernel, lists, side, seeds=SEEDS)
+    assert error(mine[2], theirs[2]) < (5e-3 if dtype == torch.bfloat16 else 2e-6)
+    assert max(error(a, b) for a, b in zip(mine[3:5], theirs[3:5])) < 2e-6
+    assert error(mine[0], theirs[0]) < (5e-3 if dtype == torch.bfloat16 else 1e-4)
+    assert unharmed()
+
+
+def test_momenta_are_rounded_with_the_bits_of_philox():
+    """Without a history, D is U: what is left to differ is its last bit, by which one W in 1000 is the next one."""
+    lists = momentum_bucket((70, 130), 9, "right", torch.bfloat16)
+    mine, theirs, _ = twice(lists, 16)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        own[2] = [m.zero_() for m in own[2]]
+        step_momenta(kernel, own, "right", seeds=SEEDS)
+    for a, b in zip(mine[0], theirs[0]):
+        assert (a != b).sum() <= 1e-3 * a.numel()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_momenta_of_what_is_not_finite_are_left_alone(side):
+    """By the whole step, in every launch of a bucket, and by the pieces of a kernel that has none."""
+    lists = momentum_bucket((9, 14), 3, side, torch.bfloat16, count=70)
+    flags = some_unusable(lists)
+    mine, theirs, unharmed = twice(lists)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        step_momenta(kernel, own, side, "cautious", range(70), flags)
+        stepped, left = members(own, flags)
+        assert not any(x.isnan().any() for column in stepped for x in column)
+        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
+    assert unharmed()
+
+
 # ---- moments in codes: encode_ and decode with the bits of the reference ---------------------------------------------
 
 CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((3, 5, 24), -1), ((300, 11), -2), ((24, 70), -2)]
@@ -543,7 +602,7 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "gradnormlorp", "adamw")], ids=str
+    "method", [m for m in ALL_METHODS if m.id in ("galore", "random_adam", "flora", "gradnormlorp", "adamw")], ids=str
 )
 def test_an_optimizer_leaves_it_to_the_device_what_is_skipped(method, monkeypatch):
     """As if the host had known: weights, step counts, ages and the number of skips."""

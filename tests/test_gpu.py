@@ -11,8 +11,10 @@ from buckets import (
     coded_bucket,
     error,
     length_bucket,
+    momentum_bucket,
     step_coded,
     step_lengths,
+    step_momenta,
     twice,
     update_coded,
 )
@@ -208,6 +210,24 @@ def test_rows_are_stepped_by_direction_and_length(side, transform, kernels):
             assert unharmed()
 
 
+@pytest.mark.parametrize(
+    ("side", "transform"), [("right", "none"), ("left", "grams"), ("left", "none"), ("both", "cautious")]
+)
+def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
+    """As test_projected_adam; float16 is multiplied as float32."""
+    for shape, rank in GPU_SHAPES[:3:2]:
+        for dtype in DTYPES:
+            mine, theirs, unharmed = twice(momentum_bucket(shape, rank, side, dtype, 3, GPU), pad=16)
+            for kernel, lists in ((kernels, mine), (reference, theirs)):
+                step_momenta(kernel, lists, side, transform)
+            assert error(mine[2], theirs[2]) < (5e-3 if dtype == torch.bfloat16 else 5e-6)
+            assert max(error(a, b) for a, b in zip(mine[3:5], theirs[3:5], strict=True)) < 5e-6
+            if transform == "none":  # W itself is rounded
+                bounds = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+                assert error(mine[0], theirs[0]) < bounds[dtype]
+            assert unharmed()
+
+
 CODED_SHAPES = [((9, 300), -1), ((1000, 64), -1), ((256, 5461), -2)]  # few: each is a compilation of Triton's
 
 
@@ -302,7 +322,7 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["galore", "galore_8bit", "gradnormlorp", "grams", "adamw", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "gradnormlorp", "grams", "adamw", "adamw_8bit"])
 def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
     """Between two refreshes: replays are eager steps, bad gradients, counts and a changed rate included."""
     ends = []
@@ -341,6 +361,7 @@ def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
             if step < 2 or not opt.ordinary_steps:
                 opt.clip_grad_norm_(1.0)
                 opt.step()
+                graph = None if name == "flora" else graph  # which has captured the seed of its bases
             elif not replays:
                 ordinary()
             elif graph is None:

@@ -74,9 +74,9 @@ def launches(request, monkeypatch):
     return seen
 
 
-def started(make):
+def started(make, shapes=SHAPES):
     """An optimizer between two refreshes, on fake tensors, with a gradient for each."""
-    params = [torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=GPU)) for shape in SHAPES]
+    params = [torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16, device=GPU)) for shape in shapes]
     opt = make(params)
     opt.allocate_state()
     for param in params:
@@ -95,6 +95,10 @@ OPTIMIZERS = {
     "galore_4bit_cautious": lambda params, **options: so.GaLore(
         params, rank=8, state_bits=4, transform="cautious", **options
     ),
+    "flora": lambda params, **options: so.Flora(params, rank=8, **options),
+    "flora_relative_cautious": lambda params, **options: so.Flora(
+        params, rank=8, scale_parameter=True, transform="cautious", **options
+    ),
     "gradnormlorp": lambda params, **options: so.GradNormLoRP(params, rank=8, **options),
     "adamw_8bit": lambda params, **options: so.SubspaceOptimizer(params, state_bits=8, **options),
     "random_adam": lambda params, **options: so.SubspaceOptimizer(params, so.RandomProjection(8), **options),
@@ -102,6 +106,7 @@ OPTIMIZERS = {
         params, so.RandomProjection(8, kind="gaussian"), **options
     ),
 }
+WHOLE = ("gradnormlorp", "flora", "adamw")  # which need more of a gradient than R
 
 
 @pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
@@ -114,11 +119,23 @@ def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches):
         with NoCopies():
             if layerwise:
                 opt.project_gradients([(0, param) for param in params])
-                assert len(opt.lows) == (0 if name == "gradnormlorp" or name.startswith("adamw") else 3)
+                assert len(opt.lows) == (0 if name.startswith(WHOLE) else 3)
             opt.clip_grad_norm_(1.0)
             opt.step()
         assert launches
         assert all(opt.state[param]["age"] == 1 for param in params if "age" in opt.state[param])
+
+
+@pytest.mark.parametrize("name", sorted({*OPTIMIZERS} - {"galore_8bit"}))  # whose bases are decoded one by one
+def test_launches_do_not_grow_with_the_bucket(name, launches):
+    counts = []
+    for times in (1, 4):
+        with FakeTensorMode():
+            _, opt = started(OPTIMIZERS[name], SHAPES * times)
+            launches.clear()
+            opt.step()
+            counts.append(len(launches))
+    assert counts[0] == counts[1] > 0
 
 
 def test_steps_that_wait_are_found_out(launches):

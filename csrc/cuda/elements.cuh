@@ -21,9 +21,9 @@ SSO_DEVICE bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at)
 template <class S, int run = kRun>
 SSO_DEVICE void read(const S* from, int count, float (&x)[run], int64_t stride = 1) {
   constexpr int each = sizeof(Bytes16) / sizeof(S);
-  if (count == run && stride == 1 && aligned(from)) {
+  if (run % each == 0 && count == run && stride == 1 && aligned(from)) {
 #pragma unroll
-    for (int i = 0; i < run; i += each) {
+    for (int i = 0; i + each <= run; i += each) {
       const Bytes16 bytes = *reinterpret_cast<const Bytes16*>(from + i);
       S wide[each];
       memcpy(wide, &bytes, sizeof(bytes));

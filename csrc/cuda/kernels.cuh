@@ -295,31 +295,47 @@ __global__ void __launch_bounds__(kThreads)
   aims[at] = norm > 0 ? max(norm * all[y].decay + static_cast<float>(all[y].factor) * growth, 0.0f) : -1;
 }
 
-// R = (G - diag(along) W) Q in float32, W being in the place of the first moments.
-template <class T, bool left>
-__global__ void __launch_bounds__(kThreads, 2)
-    project_tangents(Group group, const float* along, const Scalars* all, Shape s) {
-  if (all[blockIdx.y].skip) return;
+// C = A Q for the tile of this block, A being what `make` makes (see load_made); `take` gets its runs.
+template <class T, bool left, class Make, class Take>
+SSO_DEVICE void project_made(const T* basis, Shape s, const Make& make, const Take& take) {
   T* stages = shared_memory<T>();
-  const int tiles = ceil_div(s.rank, kColumns), y = blockIdx.y;
+  const int tiles = ceil_div(s.rank, kColumns);
   const int line = blockIdx.x / tiles * kLines, column = blockIdx.x % tiles * kColumns;
   const int slices = min(kSlices, ceil_div(s.rank - column, kSlice));
-  const T *grad = static_cast<const T*>(group.in[y]), *basis = static_cast<const T*>(group.basis[y]);
-  const T* w = reinterpret_cast<const T*>(group.m[y]);
-  along += static_cast<int64_t>(y) * (left ? s.depth : s.lines);
   Accumulators c;
   c.clear();
   accumulate<T, left, false>(c, s.depth, slices, stages, nullptr, 0, [=](T* stage, int k) {
-    load_tangents<T, left>(stage, grad, w, along, line, k, s.lines, s.depth);
+    load_made<T, left>(stage, line, k, s.lines, s.depth, make);
     load_basis(stage, basis, k, column, s.depth, s.rank, slices);
   });
 #pragma unroll 1
   for (int q = 0; q < slices; ++q) {
     over_runs<left>(c, q, stages, line, column, s.lines, s.rank,
-                    [&](const float(&x)[kRun], int, int, int64_t first, int count) {
-                      if (count > 0) write(static_cast<float*>(group.out[y]) + first, count, x);
+                    [&](float(&x)[kRun], int, int, int64_t first, int count) {
+                      if (count > 0) take(x, first, count);
                     });
   }
+}
+
+// R = (G - diag(along) W) Q in float32, W being in the place of the first moments.
+template <class T, bool left>
+__global__ void __launch_bounds__(kThreads, 2)
+    project_tangents(Group group, const float* along, const Scalars* all, Shape s) {
+  const int y = blockIdx.y;
+  if (all[y].skip) return;
+  const T *grad = static_cast<const T*>(group.in[y]), *w = reinterpret_cast<const T*>(group.m[y]);
+  along += static_cast<int64_t>(y) * (left ? s.depth : s.lines);
+  const auto tangent = [=](auto& x, int row, int, int64_t at, int valid) {
+    std::remove_reference_t<decltype(x)> of_w;
+    read(grad + at, valid, x);
+    read(w + at, valid, of_w);
+    const float share = valid > 0 ? along[row] : 0;
+#pragma unroll
+    for (int p = 0; p < static_cast<int>(sizeof(x) / sizeof(float)); ++p) x[p] -= share * of_w[p];
+  };
+  float* const out = static_cast<float*>(group.out[y]);
+  project_made<T, left>(static_cast<const T*>(group.basis[y]), s, tangent,
+                        [=](const float(&x)[kRun], int64_t first, int count) { write(out + first, count, x); });
 }
 
 // What takes every row to the length it aims at, in the place of that; `squares` (slices, rows) of what it would have.

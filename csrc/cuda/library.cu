@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "codes.cuh"
+#include "momentum.cuh"
 
 #define SSO_API extern "C" __attribute__((visibility("default"))) int
 
@@ -226,6 +227,69 @@ SSO_API sso_factors(int64_t count, const float* squares, float* aims, int column
   return over_groups(count, [&](int members, int64_t first) {
     return launch(factors, grid(blocks_of(rows, kThreads), members), kThreads, 0, stream,
                   squares + first * slices * rows, aims + first * rows, static_cast<int>(slices), rows);
+  });
+}
+
+// G (rows, columns) in the place of inputs, averages of its squares in that of moments: they advance, and numbers are
+// (count, rows + columns). by_row (count, tiles of columns, rows) and by_column (count, tiles of rows, columns) are used.
+SSO_API sso_normalisers(int64_t count, const uint64_t* table, int rows, int columns, int type, double decay,
+                        float* by_row, float* by_column, float* numbers, const void* scalars, void* stream) {
+  const int64_t across = blocks_of(columns, kSumColumns), down = blocks_of(rows, kSumRows);
+  const int64_t lines = blocks_of(std::max(rows, columns), kThreads);
+  return over_groups(count, [&](int members, int64_t first) {
+    const Group group = group_of(table, count, members, first);
+    const Scalars* all = static_cast<const Scalars*>(scalars) + first;
+    float *row_sums = by_row + first * across * rows, *column_sums = by_column + first * down * columns;
+    int error = launch(square_sums, grid(across * down, members), kThreads, kThreads * kRun * sizeof(float), stream,
+                       group, static_cast<Type>(type), all, rows, columns, row_sums, column_sums);
+    if (error != 0) return error;
+    error = launch(averages, grid(lines, members), kThreads, 0, stream, group, all, decay, rows, columns, row_sums,
+                   column_sums);
+    if (error != 0) return error;
+    return launch(normalisers, grid(lines, members), kThreads, kThreads / 32 * sizeof(float), stream, group, all, rows,
+                  columns, numbers + first * (rows + columns));
+  });
+}
+
+// W (lines, depth), or (depth, lines) where left, and G, in the place of the first moments, of `type`; M and the bases of
+// its Operand. W takes its step along D, which is measured first, to `sums` (count, tiles).
+SSO_API sso_blend(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                  double beta, int transform, int stochastic, double threshold, const float* numbers, float* sums,
+                  void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using S = decltype(zero);
+    const int64_t tiles = blocks_of(lines, kLines) * blocks_of(depth, kColumns);
+    const bool cautious = static_cast<Transform>(transform) == Transform::cautious;
+    return over_groups(count, [&](int members, int64_t first) {
+      Scalars* all = static_cast<Scalars*>(scalars) + first;
+      Blend how{static_cast<float>(beta), static_cast<Transform>(transform), stochastic != 0,
+                numbers + first * (lines + depth), sums + first * tiles};
+      const auto pass = [&] {
+        return launch(blend<S, side>, grid(tiles, members), kThreads, shared_bytes<Operand<S>>(), stream,
+                      group_of(table, count, members, first), how, all, Shape{lines, depth, rank});
+      };
+      int error = pass();
+      if (error != 0) return error;
+      error = launch(clip, grid(1, members), kThreads, kThreads / 32 * sizeof(float), stream, all, how.sums,
+                     static_cast<int>(tiles), static_cast<int64_t>(lines) * depth, cautious, threshold);
+      if (error != 0) return error;
+      how.sums = nullptr;
+      return pass();
+    });
+  });
+}
+
+// G of `type`, and bases of its Operand, to float32; see the kernel.
+SSO_API sso_project_normalised(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
+                               const float* numbers, double share, const void* scalars, void* stream) {
+  return with_kernel(type, left != 0, [&](auto zero, auto side) {
+    using S = decltype(zero);
+    const int64_t tiles = blocks_of(lines, kLines) * blocks_of(rank, kColumns);
+    return over_groups(count, [&](int members, int64_t first) {
+      return launch(project_normalised<S, side>, grid(tiles, members), kThreads, shared_bytes<Operand<S>>(), stream,
+                    group_of(table, count, members, first), numbers ? numbers + first * (lines + depth) : nullptr,
+                    static_cast<float>(share), static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
+    });
   });
 }
 

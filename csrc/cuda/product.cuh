@@ -90,10 +90,10 @@ SSO_DEVICE void load_lines(T* to, const T* from, int line, int k, int lines, int
   }
 }
 
-// Likewise of G - diag(along) W: neither is in shared memory before.
-template <class T, bool left>
-SSO_DEVICE void load_tangents(T* to, const T* grad, const T* w, const float* along, int line, int k, int lines,
-                              int depth) {
+// Likewise of what was in memory nowhere before: f(x, row, column, at, valid) makes the first `valid` of some neighbours,
+// the element `at` of the matrix being the first. The others it sets to zero.
+template <class T, bool left, class F>
+SSO_DEVICE void load_made(T* to, int line, int k, int lines, int depth, const F& f) {
   constexpr int each = sizeof(Bytes16) / sizeof(T), rows = left ? kDepth<T> : kLines;
   constexpr int columns = left ? kLines : kDepth<T>, in_row = columns / each, pitch = columns + kPad<T>;
   const int row = left ? k : line, column = left ? line : k;
@@ -102,15 +102,12 @@ SSO_DEVICE void load_tangents(T* to, const T* grad, const T* w, const float* alo
   for (int e = threadIdx.x; e < rows * in_row; e += kThreads) {
     const int i = e / in_row, j = e % in_row * each;
     const int valid = row + i < height ? max(0, min(each, width - column - j)) : 0;
-    const int64_t at = static_cast<int64_t>(row + i) * width + column + j;
-    const float share = valid > 0 ? along[row + i] : 0;
-    float x[each], y[each];
-    read(grad + at, valid, x);
-    read(w + at, valid, y);
-    T tangent[each];
+    float x[each];
+    f(x, row + i, column + j, static_cast<int64_t>(row + i) * width + column + j, valid);
+    T made[each];
 #pragma unroll
-    for (int p = 0; p < each; ++p) narrow(x[p] - share * y[p], tangent[p]);
-    memcpy(to + i * pitch + j, tangent, sizeof(Bytes16));
+    for (int p = 0; p < each; ++p) narrow(x[p], made[p]);
+    memcpy(to + i * pitch + j, made, sizeof(Bytes16));
   }
 }
 

@@ -7,6 +7,8 @@
     apply     larger ranks, second half: back(N), in whose epilogue W is written
     lengths   GradNormLoRP: lengths and radial parts of rows, and Adam on these; then project_tangents, and apply twice,
               the first time for the lengths that rows would come to, which make their factors
+    blend     Flora: D = (1-β₁)U + β₁back(M), once for its root mean square and once to write W; `normalisers` before it
+              are what makes G to U, and `project_normalised` after it averages M
     coded     dense, or R that is there already, on moments kept as codes: decoded, advanced, coded again and W or N
               written in one pass; encode and decode are of one tensor
 
@@ -41,6 +43,7 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
+    "compressed_adafactor_",
     "decode",
     "encode_",
     "grad_max",
@@ -54,7 +57,8 @@ __all__ = [
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
 
-_SLICE = 64  # columns of a slice (kSlice of csrc/cuda/product.cuh)
+_SLICE, _COLUMNS = 64, 256  # kSlice, which is also kLines, and kColumns of csrc/cuda/product.cuh
+_SUMS = (64, 256)  # rows and columns of a tile of square_sums (csrc/cuda/momentum.cuh)
 _WORKSPACE = 2**27  # bytes of updates and rounded bases: a larger bucket is stepped in parts
 _LETTERS = {"i": c_int, "l": c_int64, "u": c_uint64, "d": c_double, "p": c_void_p}
 _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` there is the stream
@@ -71,6 +75,9 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "lengths": "lpiiiddpppp",
     "project_tangents": "lpiiiiippp",
     "factors": "lppiip",
+    "normalisers": "lpiiidppppp",
+    "blend": "lpiiiiidiidpppp",
+    "project_normalised": "lpiiiiipdpp",
     "encode": "pipppilliiiuplp",
     "decode": "pipppilliip",
     "coded": "lplliipipiliiiiddilipp",
@@ -578,6 +585,133 @@ def _low_tangents(
         *(along.data_ptr(), scalars.data_ptr()),
     )
     return out.unbind()
+
+
+# ---- whole gradients beside a compressed momentum -------------------------------------------------------------------
+
+
+def compressed_adafactor_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    row_averages: list[Tensor],
+    column_averages: list[Tensor],
+    previous: list[Tensor],
+    bases: list[Tensor],
+    carried: list[bool],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    decay_rate: float,
+    clip_threshold: float,
+    weight_decay: float,
+    scale: float,
+    side: Side,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """The whole step of rules.CompressedAdafactor for a bucket, without a temporary as large as a matrix.
+
+    G is read for the sums of squares of its rows and columns, for the length of D, for the write of W and for the
+    projection of U; back(M) is formed for both of the middle ones. Gradients of another type than W, and what is not
+    contiguous, are copied.
+    """
+    count, kind = len(params), params[0].dtype
+    grads = [grad.to(kind).contiguous() for grad in grads]
+    torch.autograd.graph.increment_version(params)
+    scalars = _prepared(steps, lr, weight_decay, scale, (0.0, 0.0), finite=finite)
+    each = len(scalars) // count
+    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
+        for at in _parts(params, exp_avgs, bases):
+            w, momenta, rows, columns, g = (column[at] for column in (*own, grads))
+            old, new = ([*q[:count][at], *q[count:][at]] for q in (previous, bases))
+            part = scalars[at.start * each : at.stop * each]
+            numbers = _normalisers(g, rows, columns, decay_rate, part)
+            _blend(w, g, momenta, old, side, seeds[at], numbers, part, beta1, clip_threshold, transform)
+            past = reference.moved(momenta, old, new, side, carried[at], project)
+            if side == "both":
+                lefts, rights = _halves(new)
+                lows = torch.empty((len(w), lefts[0].shape[1], w[0].shape[1]), dtype=torch.float32, device=w[0].device)
+                _low_normalised(lows.unbind(), g, lefts, "left", numbers, part)
+                _low_normalised(momenta, lows.unbind(), rights, "right", None, part, past, 1 - beta1)
+            else:
+                _low_normalised(momenta, g, new, side, numbers, part, past, 1 - beta1)
+
+
+def _operand(kind: torch.dtype) -> torch.dtype:
+    """Operand of csrc/cuda/momentum.cuh."""
+    return torch.bfloat16 if kind == torch.bfloat16 else torch.float32
+
+
+def _normalisers(
+    grads: Sequence[Tensor],
+    row_averages: Sequence[Tensor],
+    column_averages: Sequence[Tensor],
+    decay_rate: float,
+    scalars: Tensor,
+) -> Tensor:
+    """What the rows and columns of every G are multiplied by to be U, (count, m + n); the averages advance."""
+    count, (m, n), device = len(grads), grads[0].shape, grads[0].device
+    down, across = (-(-size // tile) for size, tile in zip((m, n), _SUMS, strict=True))
+    sizes = (across * m, down * n, m + n)
+    by_row, by_column, numbers = (torch.empty((count, size), dtype=torch.float32, device=device) for size in sizes)
+    table = _table(grads, grads, _NO_ADAM._replace(exp_avgs=row_averages, exp_avg_sqs=column_averages))
+    _launch(
+        *("normalisers", device, count, table, m, n, TYPES.index(grads[0].dtype), decay_rate),
+        *(by_row.data_ptr(), by_column.data_ptr(), numbers.data_ptr(), scalars.data_ptr()),
+    )
+    return numbers
+
+
+def _blend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    seeds: Sequence[int],
+    numbers: Tensor,
+    scalars: Tensor,
+    beta1: float,
+    threshold: float,
+    transform: str,
+) -> None:
+    """W takes its step along D."""
+    kind, device, count = params[0].dtype, params[0].device, len(params)
+    if side == "both":
+        lefts, bases = _halves(bases)
+        momenta, side = _low(_operands(lefts, torch.float32), momenta, "right", torch.float32), "right"  # P M
+    momenta, bases = _operands(momenta, _operand(kind)), _operands(bases, _operand(kind))
+    table = _table(params, momenta, _NO_ADAM._replace(exp_avgs=grads), bases, seeds)
+    left, lines, depth, rank = _geometry(params[0], bases[0], side)
+    tiles = -(-lines // _SLICE) * -(-depth // _COLUMNS)
+    sums = torch.empty((count, tiles), dtype=torch.float32, device=device)
+    _launch(
+        *("blend", device, count, table, left, lines, depth, rank, TYPES.index(kind), beta1),
+        *(TRANSFORMS.index(transform), len(seeds) > 0, threshold),
+        *(numbers.data_ptr(), sums.data_ptr(), scalars.data_ptr()),
+    )
+
+
+def _low_normalised(
+    out: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    side: Side,
+    numbers: Tensor | None,
+    scalars: Tensor,
+    past: Sequence[Tensor] = (),
+    share: float = 1.0,
+) -> None:
+    """R of U, or of G where there are no numbers, to `out`; averaged with the past by this share."""
+    kind, device = grads[0].dtype, grads[0].device
+    bases = _operands(bases, _operand(kind))
+    _launch(
+        *("project_normalised", device, len(out), _table(out, grads, _NO_ADAM._replace(exp_avg_sqs=past), bases)),
+        *(*_geometry(grads[0], bases[0], side), TYPES.index(kind), None if numbers is None else numbers.data_ptr()),
+        *(share, scalars.data_ptr()),
+    )
 
 
 # ---- moments in codes -----------------------------------------------------------------------------------------------
