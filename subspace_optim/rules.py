@@ -34,7 +34,7 @@ class Rule:
     looks_behind: ClassVar[bool] = False  # True: the rule moves its moments to the new basis by itself, within step_
     sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
     whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
-    takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to adam_update_ or projected_adam_ alone
+    takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to functions of storage.Coding alone
     skips: ClassVar[bool] = False  # True: step_ leaves alone what `bucket.finite` says no of, and reads nothing back
 
     def init(self, plan: Plan) -> State:
@@ -346,7 +346,6 @@ class WeightNormAdam(Adam):
     """
 
     whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
-    takes_codes: ClassVar[bool] = False
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""
@@ -386,7 +385,8 @@ class WeightNormAdam(Adam):
                 *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
                 *(bucket.slot("magnitude_exp_avg"), bucket.slot("magnitude_exp_avg_sq"), flat(bucket.bases)),
                 *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay),
-                *(hyper.scale, plan.side, hyper.transform, bucket.finite),
+                *(hyper.scale, plan.side, hyper.transform),
+                finite=bucket.finite,
             )
             return
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):

@@ -215,12 +215,18 @@ class Coded:
         """The values of the codes."""
         return _table(self.codec.kind, self.codec.bits, self.codes)
 
+    def decoded(self, kernel: Any, dtype: torch.dtype) -> Tensor:
+        """The moment."""
+        return self.codec.decode(self.codes, self.scales, dtype, kernel)
+
 
 class Coding:
     """The kernels of a module: the same functions, of which Adam's take moments that are `Coded`, too."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
+        if hasattr(kernel, "weight_norm_adam_"):
+            self.weight_norm_adam_ = self._weight_norm_adam_
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
@@ -249,6 +255,34 @@ class Coding:
         rest = (*adam, 0.0, 1.0, transform, eps_inside, finite)
         self._kernel.coded_adam_(updates, lows, *coded, [], torch.tensor(-1.0), *rest)
         return updates
+
+    def _weight_norm_adam_(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Any],
+        exp_avg_sqs: list[Any],
+        length_avgs: list[Tensor],
+        length_avg_sqs: list[Tensor],
+        bases: list[Tensor],
+        steps: list[Tensor],
+        *how: Any,
+        finite: Tensor | None = None,
+    ) -> None:
+        """As native, which finds the moments decoded; the kernels of a GPU take the codes."""
+        rest = (length_avgs, length_avg_sqs, bases, steps, *how)
+        if not isinstance(exp_avgs[0], Coded):
+            self._kernel.weight_norm_adam_(params, grads, exp_avgs, exp_avg_sqs, *rest, finite)
+        elif hasattr(self._kernel, "coded_weight_norm_adam_"):
+            self._kernel.coded_weight_norm_adam_(params, grads, *_flat(exp_avgs, exp_avg_sqs), *rest, finite)
+        else:
+            count, moments = len(params), [*exp_avgs, *exp_avg_sqs]
+            wide = [own.decoded(self._kernel, steps[0].dtype) for own in moments]
+            self._kernel.weight_norm_adam_(params, grads, wide[:count], wide[count:], *rest, finite)
+            stepped = [True] * count if finite is None else finite.tolist()
+            for own, x, step, taken in zip(moments, wide, steps * 2, stepped * 2, strict=True):
+                if taken:
+                    own.codec.encode_(x, own.codes, own.scales, own.seed, step, self._kernel, own.begin)
 
     def projected_adam_(
         self,
@@ -386,7 +420,7 @@ def decode_moments_(bucket: Bucket, kernel: Any) -> None:
     for state in bucket.states:
         for key, value in state.items():
             if isinstance(value, Coded):
-                state[key] = value.codec.decode(value.codes, value.scales, bucket.plan.state_dtype, kernel)
+                state[key] = value.decoded(kernel, bucket.plan.state_dtype)
 
 
 def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:

@@ -5,6 +5,7 @@ from itertools import cycle
 import torch
 
 from subspace_optim import storage
+from subspace_optim.kernels import reference
 from subspace_optim.philox import ALL, Window
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import Bucket, Hyper, Plan
@@ -134,6 +135,22 @@ def step_momenta(kernel, lists, side, transform="none", seeds=(), finite=None, l
     given.bases = [*given.previous[:-1], tuple(new[count - 1 :: count])]
     hyper = Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate")
     CompressedAdafactor(clip_threshold=clip).step_(given, hyper, kernel)
+
+
+def step_coded_lengths(kernel, lists, side, bits, transform="none", seeds=(), finite=None):
+    """One step of WeightNormAdam on moments as codes, which are those of `lists` before; returns the moments after."""
+    params, grads, means, squares, *lengths, bases, steps = lists
+    axis, kept = -2 if side == "left" else -1, []
+    for kind, column in (("signed", means), ("unsigned", squares)):
+        codec, coded = storage.Codec(kind, bits, axis, column[0].shape[axis]), []
+        for i, x in enumerate(column):
+            shapes = zip(codec.shapes(x.shape), (torch.uint8, x.dtype))
+            codes, scales = (torch.zeros(s, dtype=t, device=x.device) for s, t in shapes)
+            codec.encode_(x, codes, scales)
+            coded.append(storage.Coded(codec, codes, scales, 2**40 + i, 0))
+        kept.append(coded)
+    step_lengths(storage.Coding(kernel), (params, grads, *kept, *lengths, bases, steps), side, transform, seeds, finite)
+    return [own.decoded(reference, torch.float32) for column in kept for own in column]
 
 
 def twice(lists, pad=3):

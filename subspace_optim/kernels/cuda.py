@@ -22,7 +22,7 @@ the reference: float64, and tensors that are not contiguous or not alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import CDLL, Array, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache, lru_cache
 from itertools import chain
@@ -35,7 +35,7 @@ from torch import Tensor
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, transform_
+from .reference import back, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -43,6 +43,7 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
+    "coded_weight_norm_adam_",
     "compressed_adafactor_",
     "decode",
     "encode_",
@@ -457,7 +458,7 @@ def projected_adam_(
     torch.autograd.graph.increment_version(params)
     scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps, finite=finite)
     per_tensor = len(scalars) // len(params)
-    for at in _parts(params, exp_avgs, bases):
+    for at in _parts(params, exp_avgs[0].numel(), bases):
         adam = _Adam(exp_avgs[at], exp_avg_sqs[at], beta1, beta2, transform)
         if side == "both":
             lefts, rights = _halves(bases)
@@ -468,10 +469,10 @@ def projected_adam_(
         _step(params[at], grads[at], adam, own, seeds[at], part, side, window)
 
 
-def _parts(params: Sequence[Tensor], exp_avgs: Sequence[Tensor], bases: Sequence[Tensor]) -> list[slice]:
-    """Of a bucket: what each needs for a while, rounded bases and updates, is bounded."""
+def _parts(params: Sequence[Tensor], low: int, bases: Sequence[Tensor]) -> list[slice]:
+    """Of a bucket: what each needs for a while, rounded bases and an update of `low` elements, is bounded."""
     count = len(params)
-    elements = exp_avgs[0].numel() + sum(basis.numel() for basis in bases) // count if bases else 0
+    elements = low + sum(basis.numel() for basis in bases) // count if bases else 0
     size = max(1, _WORKSPACE // max(1, elements * 4))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -541,28 +542,90 @@ def weight_norm_adam_(
     lengths it would come to and once to be written; back(N) is formed for both of these. Gradients of another type than
     W, and what is not contiguous, are copied.
     """
-    kind = params[0].dtype
+    with reference.contiguous(exp_avgs, exp_avg_sqs) as (means, squares):
+
+        def update(lows: Sequence[Tensor], at: slice, scalars: Tensor) -> list[Tensor]:
+            return _updates(lows, _Adam(means[at], squares[at], beta1, beta2, transform), scalars)
+
+        own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
+        _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
+
+
+def coded_weight_norm_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """weight_norm_adam_ on moments that are kept as codes, which are those of coded_adam_."""
+
+    def update(lows: Sequence[Tensor], at: slice, scalars: Tensor) -> list[Tensor]:
+        kept = (part_of(column, len(params), at) for column in (codes, scales))
+        own = (*kept, tables, part_of(streams, len(params), at), axis, begin, scalars)
+        return _coded_updates(lows, *own, beta1, beta2, transform)
+
+    own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
+    _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
+
+
+def _step_lengths(
+    params: list[Tensor],
+    grads: list[Tensor],
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side,
+    finite: Tensor | None,
+    update: Callable[[Sequence[Tensor], slice, Tensor], list[Tensor]],
+) -> None:
+    """`update` makes N of R: of the lows of some members, by their scalars."""
+    kind, (m, n), device = params[0].dtype, params[0].shape, params[0].device
     grads = [grad.to(kind).contiguous() for grad in grads]
     torch.autograd.graph.increment_version(params)
     advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
     undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
-    each = len(advanced) // len(params)
-    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
-        for at in _parts(params, exp_avgs, bases):
-            w, means, squares, g = (column[at] for column in (*own, grads))
-            lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
+    count, each = len(params), len(advanced) // len(params)
+    with reference.contiguous(params) as (own,):
+        for at in _parts(params, max(m, n) * bases[0].shape[-1], bases):
+            w, g = own[at], grads[at]
             first, last = (scalars[at.start * each : at.stop * each] for scalars in (advanced, undecayed))
-            (m, n), device = w[0].shape, w[0].device
             along, aims = torch.empty((2, len(w), m), dtype=torch.float32, device=device)
             table = _table(w, g, _Adam(length_avgs[at], length_avg_sqs[at], beta1, beta2, "none"))
             _launch(
                 *("lengths", device, len(w), table, m, n, TYPES.index(kind), beta1, beta2),
                 *(along.data_ptr(), aims.data_ptr(), first.data_ptr()),
             )
+            lefts, rights = bases[:count][at], bases[count:][at]
             lows = _low_tangents(g, w, along, lefts, "left" if side == "both" else side, first)
             if side == "both":
                 lows = _low(lows, rights, "right", torch.float32)
-            updates = _updates(lows, _Adam(means, squares, beta1, beta2, transform), first)
+            updates = update(lows, at, first)
             _write(w, updates, [*lefts, *rights], side, seeds[at], last, aims=aims)
 
 
@@ -623,9 +686,9 @@ def compressed_adafactor_(
     scalars = _prepared(steps, lr, weight_decay, scale, (0.0, 0.0), finite=finite)
     each = len(scalars) // count
     with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
-        for at in _parts(params, exp_avgs, bases):
+        for at in _parts(params, exp_avgs[0].numel(), bases):
             w, momenta, rows, columns, g = (column[at] for column in (*own, grads))
-            old, new = ([*q[:count][at], *q[count:][at]] for q in (previous, bases))
+            old, new = (part_of(q, count, at) for q in (previous, bases))
             part = scalars[at.start * each : at.stop * each]
             numbers = _normalisers(g, rows, columns, decay_rate, part)
             _blend(w, g, momenta, old, side, seeds[at], numbers, part, beta1, clip_threshold, transform)
@@ -802,10 +865,15 @@ def coded_adam_update_(
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """N as coded_adam_ would apply it."""
+    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
+    return _coded_updates(lows, codes, scales, tables, streams, axis, begin, scalars, beta1, beta2, transform)
+
+
+def _coded_updates(lows: Sequence[Tensor], *how: Any) -> list[Tensor]:
+    """N; `how` is as for _step_coded."""
     lows = [low.contiguous() for low in lows]
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
-    _step_coded(out, lows, codes, scales, tables, streams, axis, begin, scalars, beta1, beta2, transform)
+    _step_coded(out, lows, *how)
     return list(out)
 
 

@@ -20,13 +20,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, cycle
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..philox import ALL, Window, stochastic_round_, uniform
 from ..types import BLOCK, Side, peak
+
+T = TypeVar("T")
 
 _CHUNK = 2**20  # elements coded at a time: about 40 bytes of workspace each
 _EPS_FLOOR = 1e-19  # √ of the smallest normal float32: below it R² underflows, and M/√V with ε = 0 would be infinite
@@ -231,6 +233,11 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
 def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
     """The learning rates of these tensors, if there is one for each."""
     return lr[finite.to(lr.device)] if lr.ndim else lr
+
+
+def part_of(column: Sequence[T], count: int, at: slice) -> list[T]:
+    """What a column, of one or two entries a tensor, all first ones before the second ones, has for some tensors."""
+    return [*column[:count][at], *column[count:][at]]
 
 
 def moved(

@@ -10,7 +10,7 @@ keeps is counted by a launch before the one that writes; projected, it steps in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ..philox import ALL, Window
 from ..types import BLOCK, Plan, Side
 from . import reference
 from . import triton_device as kernels
-from .reference import back, grad_max, transform_
+from .reference import back, grad_max, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -33,6 +33,7 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
+    "coded_weight_norm_adam_",
     "compressed_adafactor_",
     "decode",
     "encode_",
@@ -627,21 +628,86 @@ def weight_norm_adam_(
     G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
     lengths it would come to and once to be written; back(N) is formed for both of these.
     """
+    with reference.contiguous(exp_avgs, exp_avg_sqs) as (means, squares):
+
+        def update(lows: list[Tensor], at: slice, corrections: Tensor, some: Tensor | None) -> list[Tensor]:
+            adam = (corrections, beta1, beta2, eps, transform, False, some)
+            return _updates(lows, means[at], squares[at], steps[at], *adam)
+
+        own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
+        _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
+
+
+def coded_weight_norm_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: Sequence[int],
+    axis: int,
+    begin: int,
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    transform: str,
+    finite: Tensor | None = None,
+) -> None:
+    """weight_norm_adam_ on moments that are kept as codes, which are those of coded_adam_."""
+
+    def update(lows: list[Tensor], at: slice, corrections: Tensor, some: Tensor | None) -> list[Tensor]:
+        kept = (part_of(column, len(params), at) for column in (codes, scales))
+        own = (*kept, tables, part_of(streams, len(params), at), axis, begin, steps[at])
+        return _coded_updates(lows, *own, beta1, beta2, eps, transform, False, some, corrections)
+
+    own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
+    _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
+
+
+def _step_lengths(
+    params: list[Tensor],
+    grads: list[Tensor],
+    length_avgs: list[Tensor],
+    length_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: Sequence[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: Side | None,
+    finite: Tensor | None,
+    update: Callable[[list[Tensor], slice, Tensor, Tensor | None], list[Tensor]],
+) -> None:
+    """`update` makes N of R: of the lows of some members, by bias corrections and flags."""
     kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
     grads = [grad.to(kind).contiguous() for grad in grads]
     torch.autograd.graph.increment_version(params)
-    between = sum(basis.numel() for basis in bases) // len(params) if side == "both" else 0
-    part = max(1, _WORKSPACE // (4 * (2 * exp_avgs[0].numel() + between)))
-    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
-        for at in (slice(start, start + part) for start in range(0, len(params), part)):
-            w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
-            lefts, rights = bases[: len(params)][at], bases[len(params) :][at]
+    count, (m, n) = len(params), params[0].shape
+    between = sum(basis.numel() for basis in bases) // count if side == "both" else 0
+    part = max(1, _WORKSPACE // (4 * (2 * max(m, n) * bases[0].shape[-1] + between)))
+    with reference.contiguous(params) as (own,):
+        for at in (slice(start, start + part) for start in range(0, count, part)):
+            w, g, k = (column[at] for column in (own, grads, steps))
+            lefts, rights = bases[:count][at], bases[count:][at]
             some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
             table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
             corrections = _advanced(table, len(w), beta1, beta2, some)
-            lengths = torch.empty((len(w), 2, w[0].shape[0]), dtype=torch.float32, device=w[0].device)
+            lengths = torch.empty((len(w), 2, m), dtype=torch.float32, device=w[0].device)
             rate, mode = _learning_rate(rates)
-            (m, n), wide = w[0].shape, torch.float32
+            wide = torch.float32
             _launch(
                 kernels.lengths,
                 (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(w)),
@@ -661,7 +727,7 @@ def weight_norm_adam_(
             lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, **tangent)
             if side == "both":
                 lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
-            updates = _updates(lows, means, squares, k, corrections, beta1, beta2, eps, transform, False, some)
+            updates = update(lows, at, corrections, some)
             if side == "both":
                 updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
             outer, last = (rights, "right") if side == "both" else (lefts, side)
@@ -704,7 +770,7 @@ def compressed_adafactor_(
     with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
         for at in (slice(start, start + part) for start in range(0, count, part)):
             w, momenta, rows, columns, g, k = (column[at] for column in (*own, grads, steps))
-            old, new = ([*q[:count][at], *q[count:][at]] for q in (previous, bases))
+            old, new = (part_of(q, count, at) for q in (previous, bases))
             some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
             numbers = _normalisers(g, rows, columns, k, decay_rate, some)
             blended = (w, g, momenta, old, k, seeds[at], numbers, rates, beta1, clip_threshold, weight_decay, scale)
@@ -891,7 +957,7 @@ def coded_adam_(
         reference.coded_adam_(*own, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite)
         return
     torch.autograd.graph.increment_version(params)
-    _step_coded(*own, *adam, transform, eps_inside, finite, seeds, lr, weight_decay, scale)
+    _step_coded(*own, *adam, transform, eps_inside, finite, None, seeds, lr, weight_decay, scale)
 
 
 def coded_adam_update_(
@@ -911,11 +977,15 @@ def coded_adam_update_(
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """N as coded_adam_ would apply it."""
+    own = (codes, scales, tables, streams, axis, begin, steps, beta1, beta2, eps, transform, eps_inside, finite)
+    return _coded_updates(lows, *own)
+
+
+def _coded_updates(lows: Sequence[Tensor], *how: Any) -> list[Tensor]:
+    """N; `how` is as for _step_coded."""
     lows = [low.contiguous() for low in lows]
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    _step_coded(
-        out, lows, codes, scales, tables, streams, axis, begin, steps, beta1, beta2, eps, transform, eps_inside, finite
-    )
+    _step_coded(out, lows, *how)
     return list(out)
 
 
@@ -935,15 +1005,17 @@ def _step_coded(
     transform: str,
     eps_inside: bool,
     finite: Tensor | None,
+    corrections: Tensor | None = None,
     seeds: Sequence[int] = (),
     lr: Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 0.0,
 ) -> None:
-    """W into `out` with a learning rate, without one N."""
+    """W into `out` with a learning rate, without one N; without corrections, the steps advance."""
     first, second = codes[: len(out)], codes[len(out) :]
     table = _table(out, source, first, second, (), steps, seeds, [*_addresses(scales), *streams])
-    corrections = _advanced(table, len(out), beta1, beta2, finite)
+    if corrections is None:
+        corrections = _advanced(table, len(out), beta1, beta2, finite)
     cautious = transform == "cautious"
     rate, mode = (0.0, -1) if lr is None else _learning_rate(lr)
     tensors = [reference.rows(tensor, axis) for tensor in (out[0], codes[0], scales[0])]
