@@ -807,6 +807,12 @@ def _blended(
 
 
 @triton.jit
+def _sum(tile):
+    """(1,): for sm_100 Triton cannot compile the sum of a vector that comes from a product."""
+    return tl.sum(tl.sum(tile, 1)[:, None], 0)
+
+
+@triton.jit
 def blend(
     table,
     finite,
@@ -849,10 +855,10 @@ def blend(
     step = _back(momentum, q, i, j, m, n, rank, LEFT, DOT, ROWS, COLUMNS, DEPTH)
     step = _blended(_at(table, 1, G, ALIGN), numbers, step, i, j, m, n, beta1, TRANSFORM, ROWS, COLUMNS, SLICE)
     if MEASURE:
-        own = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(sums + own, tl.sum(tl.sum(step * step, 1), 0))
+        tile, one = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0), tl.arange(0, 1)
+        tl.store(sums + tile + one, _sum(step * step))
         if TRANSFORM == "cautious":
-            _count(tl.reshape(step != 0, (ROWS * COLUMNS,)), kept)
+            tl.atomic_add(kept + tl.program_id(1) + one, _sum((step != 0).to(tl.int32)).to(tl.int64))
         return
     scale *= tl.load(clips + tl.program_id(1))
     same = (table, _at(table, 0, W, ALIGN), step, _rate(lr, LR), weight_decay, scale)
