@@ -548,9 +548,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         plan = work.bucket.plan
         hyper = _hyper(work.group, plan)
         workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
-        takes_codes = (self.rule if plan.side else self.dense_rule).takes_codes
-        for part in storage.parts(work.bucket, takes_codes, workspace):
-            bucket = storage.opened(part, work.kernel, takes_codes)
+        rule = self.rule if plan.side else self.dense_rule
+        compensates = rule.compensates and hasattr(work.kernel, "COMPENSATES") and not self.observer.listens
+        for part in storage.parts(work.bucket, rule.takes_codes, workspace, compensates):
+            bucket = storage.opened(part, work.kernel, rule.takes_codes, compensates)
             self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket, work.kernel)
         for entry in work.entries:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Axes
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, peak
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, chosen, peak
 
 Kernel = Any  # a module with the functions of kernels/reference.py
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
@@ -36,6 +36,11 @@ class Rule:
     whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
     takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to functions of storage.Coding alone
     skips: ClassVar[bool] = False  # True: step_ leaves alone what `bucket.finite` says no of, and reads nothing back
+
+    @property
+    def compensates(self) -> bool:
+        """Whether step_ leaves parameters to its kernel alone, which may know what rounding has taken from them."""
+        return True
 
     def init(self, plan: Plan) -> State:
         """Zero state for one tensor."""
@@ -196,6 +201,11 @@ class Adafactor(Rule):
     scale_parameter: bool = False
     lr_inside: bool = False
 
+    @property
+    def compensates(self) -> bool:
+        """Not where they are decayed beforehand."""
+        return not self.lr_inside
+
     def init(self, plan: Plan) -> State:
         """Row and column means of the squared gradient; the whole square of a vector."""
         return super().init(plan) | self._init_squares(plan, plan.low_shape)
@@ -235,12 +245,12 @@ class Adafactor(Rule):
         """N = EMA of the clipped, normalised R, each times its rate if there are any."""
         _count_(bucket)
         plan, moments, updates = bucket.plan, bucket.slot("exp_avg"), []
-        for i, (state, low, finite) in enumerate(zip(bucket.states, lows, _flags(bucket), strict=True)):
+        for i, (state, low, finite) in enumerate(zip(bucket.states, lows, bucket.flags, strict=True)):
             update = self._normalised_(plan, plan.low_axes, state, low, finite)
             self._clip_(plan, update)
             if rates is not None:
                 update.mul_(rates.expand(len(bucket))[i])
-            updates.append(_chosen(finite, update, moments[i]))  # the average of a moment with itself is itself
+            updates.append(chosen(finite, update, moments[i]))  # the average of a moment with itself is itself
         torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
         torch._foreach_copy_(updates, moments)
         kernel.transform_(updates, lows, hyper.transform)
@@ -312,7 +322,7 @@ class CompressedAdafactor(Adafactor):
         _count_(bucket)
         rates = self._rates(bucket, hyper)
         history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)
-        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, _flags(bucket), strict=True)):
+        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, bucket.flags, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
@@ -323,7 +333,7 @@ class CompressedAdafactor(Adafactor):
             past = moment
             if old is not new and hyper.moments != "keep":
                 past = carried(moment, change_of_basis(plan, old, new), plan.side)
-            moment.copy_(_chosen(finite, low.add_(past, alpha=beta), moment))
+            moment.copy_(chosen(finite, low.add_(past, alpha=beta), moment))
             kernel.transform_([update], [grad], hyper.transform)
             self._clip_(plan, update)
             rate = rates[i : i + 1] if rates.ndim else rates
@@ -346,6 +356,11 @@ class WeightNormAdam(Adam):
     """
 
     whole_gradient: ClassVar[str] = "the row norms learn from rowsum(G ∘ W), which R does not hold"
+
+    @property
+    def compensates(self) -> bool:
+        """Not where W is measured and turned."""
+        return False
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and two more for the row norms."""
@@ -525,15 +540,6 @@ def _count_(bucket: Bucket) -> None:
     """Step counts advance, but those of what is left alone."""
     steps = bucket.slot("step")
     torch._foreach_add_(steps, 1 if bucket.finite is None else list(bucket.finite.to(steps[0].dtype).unbind()))
-
-
-def _flags(bucket: Bucket) -> list[Tensor | None]:
-    """Of every member, whether it is stepped, on the device; None: it is."""
-    return [None] * len(bucket) if bucket.finite is None else list(bucket.finite.unbind())
-
-
-def _chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if finite is None else torch.where(finite, new, old)
 
 
 def _zeros(plan: Plan, shape: tuple[int, ...]) -> Tensor:

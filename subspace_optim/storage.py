@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Side, State
+from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, chosen
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -292,7 +292,7 @@ class Coding:
         exp_avg_sqs: list[Any],
         bases: list[Tensor],
         steps: list[Tensor],
-        seeds: Sequence[int],
+        seeds: Seeds,
         lr: Tensor,
         beta1: float,
         beta2: float,
@@ -350,15 +350,17 @@ def with_bases(plan: Plan, state: State, kernel: Any) -> State:
     return state if is_plain(plan) else Opened(plan, state, plan.basis_keys, kernel)
 
 
-def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0) -> Iterator[Bucket]:
+def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bool = False) -> Iterator[Bucket]:
     """The bucket in parts that may be opened and stepped one after another: as it is where none needs memory.
 
     Args:
         bucket: as it is kept.
         takes_codes: of its rule.
         workspace: bytes that stepping one matrix takes beside what is opened.
+        compensates: of its rule and its kernel.
     """
-    opens = 0 if is_plain(bucket.plan) else open_bytes(bucket.plan.whole, takes_codes)  # the same on every rank
+    plan = replace(bucket.plan.whole, compensated=bucket.plan.compensated and not compensates)
+    opens = 0 if is_plain(plan) else open_bytes(plan, takes_codes)  # the same on every rank
     each = opens + workspace
     most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
     at_once = max(1, most // each) if each else max(1, len(bucket))
@@ -379,13 +381,14 @@ def open_bytes(plan: Plan, takes_codes: bool) -> int:
     return plan.state_dtype.itemsize * sum(map(math.prod, shapes))
 
 
-def opened(bucket: Bucket, kernel: Any, takes_codes: bool) -> Bucket:
+def opened(bucket: Bucket, kernel: Any, takes_codes: bool, compensates: bool = False) -> Bucket:
     """The bucket as rules see it: states decoded, compensated parameters in float32.
 
     Args:
         bucket: as it is kept.
         kernel: that decodes.
         takes_codes: leave moments as they are kept, for a rule that hands them to its kernel.
+        compensates: leave parameters as they are kept, likewise.
     """
     plan = bucket.plan
     if is_plain(plan):
@@ -395,7 +398,7 @@ def opened(bucket: Bucket, kernel: Any, takes_codes: bool) -> Bucket:
     for state, stream in zip(out.states, bucket.streams, strict=True):
         for key, begin in left.items():
             state[key] = Coded(codecs(plan)[key], state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
-    if plan.compensated:
+    if plan.compensated and not compensates:
         out.params = [p.float().add_(c) for p, c in zip(bucket.params, bucket.slot("compensation"), strict=True)]
     return out
 
@@ -412,7 +415,7 @@ def _begins(plan: Plan) -> dict[str, int]:
 def steps_in_place(plan: Plan, takes_codes: bool) -> bool:
     """Whether the kernel of a rule, which takes codes or not, writes all that is written of a matrix in a step."""
     moments = codecs(plan).keys() & set(MOMENTS)
-    return not plan.compensated and moments == (_begins(plan) if takes_codes else {}).keys()
+    return moments == (_begins(plan) if takes_codes else {}).keys()
 
 
 def decode_moments_(bucket: Bucket, kernel: Any) -> None:
@@ -431,10 +434,11 @@ def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
     _keep_(stepped, kernel, [key for key in codecs(plan) if key not in plan.basis_keys])
     for kept, state in zip(bucket.states, stepped.states, strict=True):
         kept.update({key: value for key, value in state.items() if isinstance(value, int)})
-    if plan.compensated:
-        for param, wide, rest in zip(bucket.params, stepped.params, bucket.slot("compensation"), strict=True):
-            param.copy_(wide)
-            rest.copy_(wide.sub_(param))
+    if stepped.params is not bucket.params:
+        wide, rests = stepped.params, bucket.slot("compensation")
+        torch._foreach_copy_(bucket.params, list(map(chosen, bucket.flags, wide, bucket.params)))
+        torch._foreach_sub_(wide, bucket.params)
+        torch._foreach_copy_(rests, list(map(chosen, bucket.flags, wide, rests)))
 
 
 def settle_bases_(bucket: Bucket, kernel: Any) -> None:

@@ -21,6 +21,7 @@ Side = Literal["left", "right", "both"]
 T = TypeVar("T")
 State = dict[str, Any]  # tensors and ints only, so that torch.load and DCP take it as it is
 Bases = tuple[Tensor, ...]  # one basis, or (left, right) when the side is "both"
+Seeds = Sequence[int | Tensor]  # as kernels round by: see Bucket.seeds
 Change = tuple[Tensor, ...]  # per basis, (r, r): Q_oldᵀ Q_new
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "local")
@@ -245,6 +246,11 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
     return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
 
 
+def chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """The new tensor, or the old one where that is to stay as it is."""
+    return new if finite is None else torch.where(finite, new, old)
+
+
 def peak(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest |x|, of no elements zero; NaN if there is one. On a CPU the infinity norm takes 20 times as long."""
     return torch.maximum(x.amax(), -x.amin()).to(dtype) if x.numel() else x.new_zeros((), dtype=dtype)
@@ -298,9 +304,16 @@ class Bucket:
         return [state[key] for state in self.states]
 
     @property
-    def seeds(self) -> list[int]:
-        """Of the stochastic rounding, as kernels take them: none means to nearest."""
+    def seeds(self) -> Seeds:
+        """What kernels round by: seeds, none for to nearest, or what rounding has taken from each parameter (Kahan)."""
+        if self.plan.compensated and self.params[0].dtype == self.plan.dtype:
+            return self.slot("compensation")
         return self.streams if self.rounding else []
+
+    @property
+    def flags(self) -> list[Tensor | None]:
+        """Of every member, whether it is stepped, on the device; None: it is."""
+        return [None] * len(self) if self.finite is None else list(self.finite.unbind())
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

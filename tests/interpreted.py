@@ -11,6 +11,7 @@ import torch
 from buckets import (
     PARTS,
     assert_coded_alike,
+    assert_compensated_alike,
     bucket,
     coded_bucket,
     error,
@@ -380,6 +381,11 @@ def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
         results.append(mine[0])
     for fused, two in zip(*results):
         assert torch.equal(fused, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_rounding_takes_is_given_back(dtype, path, exact):
+    assert_compensated_alike(kernels, dtype, "dense", "coded", "right", "left", "both", "momenta")
 
 
 @pytest.mark.parametrize("part", PARTS[:4], ids=str)

@@ -15,6 +15,7 @@ import torch
 from buckets import (
     PARTS,
     assert_coded_alike,
+    assert_compensated_alike,
     bucket,
     coded_bucket,
     error,
@@ -139,11 +140,13 @@ def test_back_projections_are_exact_and_round_alike(side, dtype, order, library)
         updates = [whole(*low) for _ in SEEDS]
         bases = [whole(d, rank) if side != "both" else columns(d, rank) for d in sizes for _ in SEEDS]
         steps = [torch.tensor(3.0), torch.tensor(70000.0)]
-        for seeds in ((), SEEDS):
-            mine, theirs, unharmed = twice((params, updates, bases, steps), PADS[order % 2])
-            for kernel, lists in ((kernels, mine), (reference, theirs)):
-                kernel.apply_(*lists, seeds, torch.tensor(2.0**-9), 0.0, 1.0, side, dtype == torch.float16)
-            assert all(map(torch.equal, mine[0], theirs[0]))
+        rests = [(param * 2.0**-10).to(dtype) for param in params]
+        for seeds in ((), SEEDS, rests)[: 2 if dtype == torch.float32 else 3]:
+            mine, theirs, unharmed = twice((params, updates, bases, steps, rests), PADS[order % 2])
+            for kernel, (*lists, own) in ((kernels, mine), (reference, theirs)):
+                rounding = own if seeds is rests else seeds
+                kernel.apply_(*lists, rounding, torch.tensor(2.0**-9), 0.0, 1.0, side, dtype == torch.float16)
+            assert all(map(torch.equal, mine[0] + mine[4], theirs[0] + theirs[4]))
             assert unharmed()
 
 
@@ -180,12 +183,21 @@ def test_projected_adam_half_precision(shape, rank, side, dtype):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 def test_one_pass_and_two_halves_give_the_same_bits(side, transform, dtype, request):
+    """However they are rounded: with what was taken before, too."""
     lists = [bucket(shape, rank, side, dtype) for shape, rank in SHAPES[:4]]
-    mine = [step_both(own, side, transform, SEEDS, pad=16)[0] for own in lists]
+
+    def ends():
+        for own in lists:
+            for rests in ([], [(w * 2.0**-10).to(dtype) for w in own[0]])[: 1 if dtype == torch.float32 else 2]:
+                (*mine, rests), _, unharmed = twice((*own, rests), 16)
+                kernels.projected_adam_(*mine, rests or SEEDS, RATE, *ADAM.values(), side, transform)
+                assert unharmed()
+                yield [*mine, rests]
+
+    one = list(ends())
     request.getfixturevalue("two_halves")
-    for one, own in zip(mine, lists):
-        two, _ = step_both(own, side, transform, SEEDS, pad=16)
-        assert all(torch.equal(a, b) for pair in zip(one, two) for a, b in zip(*pair))
+    for first, second in zip(one, ends(), strict=True):
+        assert all(torch.equal(a, b) for pair in zip(first, second) for a, b in zip(*pair))
 
 
 def test_orders_of_threads_give_the_same_bits(library, two_halves):
@@ -361,6 +373,12 @@ def test_parts_are_rounded_as_the_whole(side, part, halves, request):
         request.getfixturevalue("two_halves")
     mine, wanted = part_and_whole(kernels, side, *part)
     assert all(map(torch.equal, mine, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_rounding_takes_is_given_back(dtype):
+    """Where no product is rounded; elsewhere see test_back_projections and what `fused` and its halves share."""
+    assert_compensated_alike(kernels, dtype, "dense", "coded", "momenta")
 
 
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)

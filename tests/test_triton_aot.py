@@ -88,7 +88,7 @@ def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", device.advance, {"BLOCK": 128}
     elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
-    for noise in (8, 1):
+    for noise in (8, 1, -1):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
         yield f"elementwise, noise {noise}", device.elementwise, what
     if capability not in SAME_CODE:
@@ -97,7 +97,7 @@ def variants(capability):
             tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
             yield f"encode, packed {packed}", device.encode, tile | {"LAST": 254}
             yield f"decode, packed {packed}", device.decode, tile
-        coded = elements | tile | {"SIGNED_LAST": 13, "UNSIGNED_LAST": 14, "ROUND": True, "warps": kernels._CODED_WARPS}
+        coded = elements | tile | {"SIGNED_LAST": 13, "UNSIGNED_LAST": 14, "ROUND": 8, "warps": kernels._CODED_WARPS}
         for counts in (False, True) if capability == 80 else (False,):
             yield f"coded_adam, counts {counts}", device.coded_adam, coded | {"COUNT": counts}
     lengths = kernels._LENGTH_BLOCKS
@@ -120,6 +120,8 @@ def variants(capability):
             yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
             if capability not in SAME_CODE:
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
+                if name != "project" and dot == "bf16":
+                    yield f"{name} {dot} kahan", kernel, types | tile | {"LEFT": False, "NOISE": -1}
                 rows = types | tile | dict.fromkeys(("IN", "OUT"), tl.float32) | {"ADAM": False, "rows": True}
                 if name == "project":  # of GradNormLoRP, as what follows
                     rows |= {"KIND": "tangent", "stages": kernels._KIND_STAGES}

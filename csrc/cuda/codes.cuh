@@ -208,7 +208,7 @@ struct CodedHow {
   Type in, out;
   bool count;       // what cautious keeps, and write nothing
   bool write;       // into W; otherwise N, in float32
-  bool stochastic;  // W; codes always are
+  Rounding rounding;  // of W; codes are rounded stochastically
   int64_t counted, begin;  // where all begin in the whole
 };
 
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
   group.m[y].encode(l, own, of_m, signs.count, mean, true, group.of_m[y], scalars.step, how.begin);
   group.v[y].encode(l, own, of_v, squares.count, square, true, group.of_v[y], scalars.step, how.begin);
   if (how.write) {
-    const Writing writing(scalars, how.counted, false, how.stochastic, group.seed[y], {how.begin, 1, 1});
+    const Writing writing(scalars, how.counted, false, how.rounding, group.seed[y], group.out[y], {how.begin, 1, 1});
     with_type(how.out, [&](auto* null) {
       writing.move(static_cast<decltype(null)>(group.out[y]) + own.place(l), own.number(l), own.count, x, l.stride());
     });

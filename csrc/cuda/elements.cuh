@@ -173,22 +173,34 @@ SSO_DEVICE double cautious_scale(const Scalars& s, int64_t count) {
   return 1 / (share > 1e-3 ? share : 1e-3);
 }
 
-// How a parameter is written: W ← decay·W + factor·U, rounded to nearest or stochastically.
+// Compensated: to nearest, and what that takes is kept, and given back at the next step (Kahan).
+enum class Rounding : int { nearest, stochastic, compensated };
+
+// How a parameter is written: W ← decay·W + factor·U. What is kept of its rounding lies at the address that is the seed.
 struct Writing {
   float decay, factor;
-  bool sign, stochastic;
+  bool sign;
+  Rounding rounding;
   uint64_t seed;
+  uintptr_t base;
   uint32_t step;
   Window window;
 
-  SSO_DEVICE Writing(const Scalars& s, int64_t counted, bool sign, bool stochastic, uint64_t seed, Window window = {})
+  SSO_DEVICE Writing(const Scalars& s, int64_t counted, bool sign, Rounding rounding, uint64_t seed, const void* out,
+                     Window window = {})
       : decay(s.decay),
         factor(static_cast<float>(s.factor * cautious_scale(s, counted))),
         sign(sign),
-        stochastic(stochastic),
+        rounding(rounding),
         seed(seed),
+        base(reinterpret_cast<uintptr_t>(out)),
         step(s.step),
         window(window) {}
+
+  template <class S>
+  SSO_DEVICE S* rest(S* w) const {
+    return reinterpret_cast<S*>(seed + (reinterpret_cast<uintptr_t>(w) - base));
+  }
 
   // Of what `move` would write, the sum of squares.
   template <class S>
@@ -210,10 +222,30 @@ struct Writing {
                        float times = 1) const {
     float x[kRun];
     read(w, count, x, stride);
+    if constexpr (!std::is_same_v<S, float>) {
+      if (rounding == Rounding::compensated) {
+        float taken[kRun];
+        read(rest(w), count, taken, stride);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) x[i] += taken[i];
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRun; ++i) x[i] = (decay * x[i] + factor * (sign ? sso::sign(u[i]) : u[i])) * times;
+    if constexpr (!std::is_same_v<S, float>) {
+      if (rounding == Rounding::compensated) {
+        S rounded[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          narrow(x[i], rounded[i]);
+          x[i] -= widen(rounded[i]);
+        }
+        store(w, count, rounded, stride);
+        return write(rest(w), count, x, stride);
+      }
+    }
     if constexpr (std::is_same_v<S, Bfloat16>) {
-      if (stochastic) {
+      if (rounding == Rounding::stochastic) {
         uint32_t random[8];
         noise(seed, step, window.at(first), random);
         S rounded[kRun];

@@ -88,7 +88,8 @@ struct Dense {
   Type in, out;
   bool adam, advance;  // in is R, not N; and the moments have yet to advance
   bool store, write;   // N to out; or into W, which is out
-  bool sign, stochastic;
+  bool sign;
+  Rounding rounding;
   int64_t counted;  // elements that the share of cautious is of, once it is known
   Window window;
 };
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
     }
     if (how.store) write(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
     if (how.write) {
-      const Writing writing(scalars, how.counted, how.sign, how.stochastic, group.seed[blockIdx.y], how.window);
+      const Writing writing(scalars, how.counted, how.sign, how.rounding, group.seed[blockIdx.y],
+                            group.out[blockIdx.y], how.window);
       with_type(how.out, [&](auto* null) {
         writing.move(static_cast<decltype(null)>(group.out[blockIdx.y]) + first, first, count, x);
       });
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // W ← decay·W + factor·N Qᵀ, N being `in`.
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
-    apply(Group group, bool sign, bool stochastic, Window window, int64_t counted, Rows rows, const Scalars* all,
+    apply(Group group, bool sign, Rounding rounding, Window window, int64_t counted, Rows rows, const Scalars* all,
           Shape s) {
   if (all[blockIdx.y].skip) return;
   T* stages = shared_memory<T>();
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_lines<T, left>(stage, update, line, k, s.lines, s.rank);
     load_turned_basis(stage, basis, column, k, s.depth, s.rank, slices);
   });
-  const Writing writing(all[y], counted, sign, stochastic, group.seed[y], window);
+  const Writing writing(all[y], counted, sign, rounding, group.seed[y], group.out[y], window);
   const int height = left ? s.depth : s.lines, width = left ? s.lines : s.depth;
   if (rows.squares) rows.squares += static_cast<int64_t>(y) * ceil_div(width, kSlice) * height;
   if (rows.factors) rows.factors += static_cast<int64_t>(y) * height;
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Beyond its edges N is zero, as the tiles of G and Q are that it comes from.
 template <class T, bool left>
 __global__ void __launch_bounds__(kThreads, 2)
-    fused(Group group, Moments moments, bool stochastic, Window window, const Scalars* all, Shape s) {
+    fused(Group group, Moments moments, Rounding rounding, Window window, const Scalars* all, Shape s) {
   if (all[blockIdx.y].skip) return;
   T *stages = shared_memory<T>(), *updates = stages + kStages * kStage<T>;
   const int line = blockIdx.x * kLines, y = blockIdx.y, slices = ceil_div(s.rank, kSlice);
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                       write(updates + (left ? (q * kSlice + i) * pitch + j : i * pitch + q * kSlice + j), kRun, x);
                     });
   }
-  const Writing writing(all[y], 0, false, stochastic, group.seed[y], window);
+  const Writing writing(all[y], 0, false, rounding, group.seed[y], group.out[y], window);
 #pragma unroll 1
   for (int column = 0; column < s.depth; column += kColumns) {
     const int own = min(kSlices, ceil_div(s.depth - column, kSlice));

@@ -129,11 +129,11 @@ SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, 
 
 // See Dense. The outputs are float32 where N is stored. A window of several rows has a multiple of kRun columns.
 SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, int out, int adam, int advance, int store,
-                  int write, double beta1, double beta2, int transform, int64_t counted, int sign, int stochastic,
+                  int write, double beta1, double beta2, int transform, int64_t counted, int sign, int rounding,
                   int64_t origin, int64_t columns, int64_t pitch, void* scalars, void* stream) {
   if (size == 0) return 0;
   const Dense how{static_cast<Type>(in), static_cast<Type>(out), adam != 0, advance != 0, store != 0, write != 0,
-                  sign != 0, stochastic != 0, counted, {origin, columns, pitch}};
+                  sign != 0, static_cast<Rounding>(rounding), counted, {origin, columns, pitch}};
   return over_groups(count, [&](int members, int64_t first) {
     return launch(dense, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
                   group_of(table, count, members, first), how, moments(beta1, beta2, transform),
@@ -166,7 +166,7 @@ SSO_API sso_project(int64_t count, const uint64_t* table, int left, int lines, i
 
 // W (lines, depth), or (depth, lines) where left, N and the bases, all of `type`. See Rows; null: nothing of that.
 SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
-                  int64_t counted, int sign, int stochastic, int64_t origin, int64_t columns, int64_t pitch,
+                  int64_t counted, int sign, int rounding, int64_t origin, int64_t columns, int64_t pitch,
                   float* squares, const float* factors, const void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using T = decltype(zero);
@@ -175,7 +175,7 @@ SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int
     return over_groups(count, [&](int members, int64_t first) {
       const Rows own{squares ? squares + first * slices * rows : nullptr, factors ? factors + first * rows : nullptr};
       return launch(apply<T, side>, grid(tiles, members), kThreads, shared_bytes<T>(), stream,
-                    group_of(table, count, members, first), sign != 0, stochastic != 0,
+                    group_of(table, count, members, first), sign != 0, static_cast<Rounding>(rounding),
                     Window{origin, columns, pitch}, counted, own, static_cast<const Scalars*>(scalars) + first,
                     Shape{lines, depth, rank});
     });
@@ -184,13 +184,13 @@ SSO_API sso_apply(int64_t count, const uint64_t* table, int left, int lines, int
 
 // As both, for a rank of at most kColumns and a transform that needs no share: not cautious.
 SSO_API sso_fused(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
-                  double beta1, double beta2, int transform, int stochastic, int64_t origin, int64_t columns,
+                  double beta1, double beta2, int transform, int rounding, int64_t origin, int64_t columns,
                   int64_t pitch, const void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using T = decltype(zero);
     return over_groups(count, [&](int members, int64_t first) {
       return launch(fused<T, side>, grid(blocks_of(lines, kLines), members), kThreads, fused_bytes<T, side>(rank),
-                    stream, group_of(table, count, members, first), moments(beta1, beta2, transform), stochastic != 0,
+                    stream, group_of(table, count, members, first), moments(beta1, beta2, transform), static_cast<Rounding>(rounding),
                     Window{origin, columns, pitch}, static_cast<const Scalars*>(scalars) + first, Shape{lines, depth, rank});
     });
   });
@@ -254,7 +254,7 @@ SSO_API sso_normalisers(int64_t count, const uint64_t* table, int rows, int colu
 // W (lines, depth), or (depth, lines) where left, and G, in the place of the first moments, of `type`; M and the bases of
 // its Operand. W takes its step along D, which is measured first, to `sums` (count, tiles).
 SSO_API sso_blend(int64_t count, const uint64_t* table, int left, int lines, int depth, int rank, int type,
-                  double beta, int transform, int stochastic, double threshold, const float* numbers, float* sums,
+                  double beta, int transform, int rounding, double threshold, const float* numbers, float* sums,
                   void* scalars, void* stream) {
   return with_kernel(type, left != 0, [&](auto zero, auto side) {
     using S = decltype(zero);
@@ -262,7 +262,7 @@ SSO_API sso_blend(int64_t count, const uint64_t* table, int left, int lines, int
     const bool cautious = static_cast<Transform>(transform) == Transform::cautious;
     return over_groups(count, [&](int members, int64_t first) {
       Scalars* all = static_cast<Scalars*>(scalars) + first;
-      Blend how{static_cast<float>(beta), static_cast<Transform>(transform), stochastic != 0,
+      Blend how{static_cast<float>(beta), static_cast<Transform>(transform), static_cast<Rounding>(rounding),
                 numbers + first * (lines + depth), sums + first * tiles};
       const auto pass = [&] {
         return launch(blend<S, side>, grid(tiles, members), kThreads, shared_bytes<Operand<S>>(), stream,
@@ -320,10 +320,10 @@ SSO_API sso_decode(void* out, int type, void* codes, void* scales, const void* t
 SSO_API sso_coded(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed,
                   const void* signs, int sign_values, const void* squares, int square_values, int64_t begin, int in,
                   int out, int counts, int write, double beta1, double beta2, int transform, int64_t counted,
-                  int stochastic, void* scalars, void* stream) {
+                  int rounding, void* scalars, void* stream) {
   const Layout l = layout(rows, length, columns, packed);
   if (l.tiles() == 0) return 0;
-  const CodedHow how{static_cast<Type>(in), static_cast<Type>(out), counts != 0, write != 0, stochastic != 0, counted,
+  const CodedHow how{static_cast<Type>(in), static_cast<Type>(out), counts != 0, write != 0, static_cast<Rounding>(rounding), counted,
                      begin};
   return over_groups(count, [&](int members, int64_t first) {
     return launch(coded, grid(l.tiles(), members), kThreads, 2 * sizeof(Shared), stream,

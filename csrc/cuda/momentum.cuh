@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
 struct Blend {
   float beta;
   Transform transform;
-  bool stochastic;
+  Rounding rounding;
   const float* numbers;
   float* sums;  // of the squares of D by tiles; null: W is written
 };
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 2) blend(Group group, Blend how, Sca
     load_lines<T, left>(stage, momentum, line, k, s.lines, s.rank);
     load_turned_basis(stage, basis, column, k, s.depth, s.rank, slices);
   });
-  const Writing writing(all[y], 0, false, how.stochastic, group.seed[y]);
+  const Writing writing(all[y], 0, false, how.rounding, group.seed[y], group.out[y]);
   const S* grad = reinterpret_cast<const S*>(group.m[y]);
   S* w = static_cast<S*>(group.out[y]);
   const float *by_row = how.numbers + y * (s.lines + s.depth), *by_column = by_row + (left ? s.depth : s.lines);

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..philox import ALL, Window
-from ..types import TRANSFORMS, Plan, Side
+from ..types import TRANSFORMS, Plan, Seeds, Side
 from . import reference
 from .reference import back, part_of, transform_
 
@@ -58,6 +58,7 @@ __all__ = [
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
 
+COMPENSATES = True  # what rounding takes from a parameter, in the place of its seed
 _SLICE, _COLUMNS = 64, 256  # kSlice, which is also kLines, and kColumns of csrc/cuda/product.cuh
 _SUMS = (64, 256)  # rows and columns of a tile of square_sums (csrc/cuda/momentum.cuh)
 _WORKSPACE = 2**27  # bytes of updates and rounded bases: a larger bucket is stepped in parts
@@ -174,15 +175,25 @@ def _table(
     inputs: Sequence[Tensor],
     adam: _Adam = _NO_ADAM,
     bases: Sequence[Tensor] = (),
-    seeds: Sequence[int] = (),
+    seeds: Seeds = (),
 ) -> Array[c_uint64]:
     columns = (out, inputs, adam.exp_avgs, adam.exp_avg_sqs, bases)
-    return _numbers(*(_addresses(column) or [0] * len(out) for column in columns), seeds or [0] * len(out))
+    return _numbers(*(_addresses(column) or [0] * len(out) for column in columns), _numbered(seeds, len(out)))
 
 
 def _numbers(*rows: Sequence[int]) -> Array[c_uint64]:
     values = tuple(chain(*rows))
     return (c_uint64 * len(values))(*values)
+
+
+def _numbered(seeds: Seeds, count: int) -> Sequence[Any]:
+    """As tables have them: addresses of what rounding took, seeds, or zeros."""
+    return _addresses(reference.rests(seeds)) or seeds or [0] * count
+
+
+def _rounding(seeds: Seeds) -> int:
+    """Rounding of csrc/cuda/elements.cuh."""
+    return 2 if reference.rests(seeds) else int(len(seeds) > 0)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -295,7 +306,7 @@ def _write(
     updates: Sequence[Tensor],
     bases: Sequence[Tensor],
     side: Side | None,
-    seeds: Sequence[int],
+    seeds: Seeds,
     scalars: Tensor,
     sign: bool = False,
     window: Window = ALL,
@@ -312,7 +323,7 @@ def _write(
         _launch(
             *("dense", device, count, _table(params, updates, seeds=seeds), params[0].numel()),
             *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_NO_ADAM.numbers),
-            *(counted, sign, len(seeds) > 0, *window, scalars.data_ptr()),
+            *(counted, sign, _rounding(seeds), *window, scalars.data_ptr()),
         )
         return
     if side == "both":
@@ -325,7 +336,7 @@ def _write(
     table = _table(params, updates, bases=bases, seeds=seeds)
     fixed = (
         *(count, table, *_geometry(params[0], bases[0], side), TYPES.index(kind)),
-        *(counted, sign, len(seeds) > 0, *window),
+        *(counted, sign, _rounding(seeds), *window),
     )
     if aims is None:
         _launch("apply", device, *fixed, None, None, scalars.data_ptr())
@@ -403,7 +414,7 @@ def apply_(
     updates: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     weight_decay: float,
     scale: float,
@@ -413,14 +424,18 @@ def apply_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if not _fits(params, updates, steps, bases=bases) or not _are_float32(steps) or not _deals(window, side):
+    if (
+        not _fits(params, updates, steps, reference.rests(seeds), bases=bases)
+        or not _are_float32(steps)
+        or not _deals(window, side)
+    ):
         reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
     _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale, finite=finite), sign, window)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
     """See the reference; the step stays on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
     minus_one = torch.tensor(-1.0, dtype=torch.float64)
@@ -434,7 +449,7 @@ def projected_adam_(
     exp_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -447,7 +462,9 @@ def projected_adam_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases) and _deals(window, side)
+    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases) and _deals(
+        window, side
+    )
     if not fits or not _are_float32(exp_avgs, exp_avg_sqs, steps):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
@@ -482,7 +499,7 @@ def _step(
     grads: Sequence[Tensor],
     adam: _Adam,
     bases: Sequence[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     scalars: Tensor,
     side: Side | None,
     window: Window,
@@ -497,7 +514,7 @@ def _step(
             write = not (cautious and advance)
             _launch(
                 *("dense", device, count, table, params[0].numel(), *types, True, advance, False, write),
-                *(*adam.numbers, counted if write else 0, False, len(seeds) > 0, *window, scalars.data_ptr()),
+                *(*adam.numbers, counted if write else 0, False, _rounding(seeds), *window, scalars.data_ptr()),
             )
     elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
         same = side != "both" and grads[0].dtype == kind
@@ -508,7 +525,7 @@ def _step(
         bases = _operands(bases, kind)
         _launch(
             *("fused", device, count, _table(params, grads, adam, bases, seeds)),
-            *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, len(seeds) > 0),
+            *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, _rounding(seeds)),
             *(*window, scalars.data_ptr()),
         )
 
@@ -525,7 +542,7 @@ def weight_norm_adam_(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -564,7 +581,7 @@ def coded_weight_norm_adam_(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -593,7 +610,7 @@ def _step_lengths(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -663,7 +680,7 @@ def compressed_adafactor_(
     bases: list[Tensor],
     carried: list[bool],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     decay_rate: float,
@@ -733,7 +750,7 @@ def _blend(
     momenta: Sequence[Tensor],
     bases: Sequence[Tensor],
     side: Side,
-    seeds: Sequence[int],
+    seeds: Seeds,
     numbers: Tensor,
     scalars: Tensor,
     beta1: float,
@@ -752,7 +769,7 @@ def _blend(
     sums = torch.empty((count, tiles), dtype=torch.float32, device=device)
     _launch(
         *("blend", device, count, table, left, lines, depth, rank, TYPES.index(kind), beta1),
-        *(TRANSFORMS.index(transform), len(seeds) > 0, threshold),
+        *(TRANSFORMS.index(transform), _rounding(seeds), threshold),
         *(numbers.data_ptr(), sums.data_ptr(), scalars.data_ptr()),
     )
 
@@ -826,7 +843,7 @@ def coded_adam_(
     axis: int,
     begin: int,
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -839,7 +856,7 @@ def coded_adam_(
 ) -> None:
     """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
     own, adam = (codes, scales, tables, streams, axis, begin), (beta1, beta2, eps)
-    if not _fits(params, grads, steps) or not _are_float32(steps):
+    if not _fits(params, grads, steps, reference.rests(seeds)) or not _are_float32(steps):
         rates = (lr, *adam, weight_decay, scale)
         reference.coded_adam_(params, grads, *own, steps, seeds, *rates, transform, eps_inside, finite)
         return
@@ -890,12 +907,12 @@ def _step_coded(
     beta1: float,
     beta2: float,
     transform: str,
-    seeds: Sequence[int] = (),
+    seeds: Seeds = (),
     write: bool = False,
 ) -> None:
     """W into `out` where it is to be written, otherwise N; cautious counts in a launch of its own."""
     count = len(out)
-    numbers = _numbers(*map(_addresses, (out, source, codes, scales)), seeds or [0] * count, streams)
+    numbers = _numbers(*map(_addresses, (out, source, codes, scales)), _numbered(seeds, count), streams)
     kinds = (TYPES.index(source[0].dtype), TYPES.index(out[0].dtype))
     first, second = ((table.data_ptr(), len(table)) for table in tables)
     cautious = transform == "cautious"
@@ -903,5 +920,5 @@ def _step_coded(
         _launch(
             *("coded", out[0].device, count, numbers, *_layout(out[0], tables[0], axis), *first, *second, begin),
             *(*kinds, counts, write, beta1, beta2, TRANSFORMS.index(transform), out[0].numel() if cautious else 0),
-            *(len(seeds) > 0, scalars.data_ptr()),
+            *(_rounding(seeds), scalars.data_ptr()),
         )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..philox import ALL, Window, stochastic_round_, uniform
-from ..types import BLOCK, Side, peak
+from ..types import BLOCK, Seeds, Side, peak
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def apply_(
     updates: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     weight_decay: float,
     scale: float,
@@ -145,7 +145,8 @@ def apply_(
         updates: N, in the low-rank space.
         bases: flat, as for `project`.
         steps: 0-d, the tensors' step counts: with `seeds`, the counters of the rounding.
-        seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest.
+        seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest; a tensor for each is what rounding
+            has taken from it so far (Kahan).
         lr: 0-d, or one a tensor.
         weight_decay: λ, decoupled.
         scale: α.
@@ -171,19 +172,24 @@ def apply_(
         _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None, window)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
-    """Round `value` into the parameter, once; bfloat16 stochastically if there is a seed. `value` is overwritten."""
-    if seed is not None and param.dtype == torch.bfloat16:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
+    """Round `value` into the parameter, once, as apply_ does with its seed. `value` is overwritten."""
+    if isinstance(seed, Tensor):
+        param.copy_(value)
+        seed.copy_(value.sub_(param))
+    elif seed is not None and param.dtype == torch.bfloat16:
         stochastic_round_(param, value, seed, int(step), window.elements(param.numel(), param.device))
     else:
         param.copy_(value)
 
 
 def _move_(
-    param: Tensor, update: Tensor, decay: float, factor: float, step: Tensor, seed: int | None, window: Window
+    param: Tensor, update: Tensor, decay: float, factor: float, step: Tensor, seed: int | Tensor | None, window: Window
 ) -> None:
     """W ← decay·W + factor·U."""
     wide = param if param.dtype == update.dtype else param.to(update.dtype, copy=True)
+    if isinstance(seed, Tensor):
+        wide.add_(seed)
     if decay != 1:
         wide.mul_(decay)
     wide.add_(update, alpha=factor)
@@ -206,7 +212,7 @@ def projected_adam_(
     exp_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -228,6 +234,11 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
     """What the columns (empty, one or two a tensor) hold of the tensors that are stepped; the device is waited for."""
     taken = finite.tolist()
     return [list(compress(column, cycle(taken))) for column in columns]
+
+
+def rests(seeds: Seeds) -> list[Tensor]:
+    """Those that are tensors (Kahan)."""
+    return [seed for seed in seeds if isinstance(seed, Tensor)]
 
 
 def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
@@ -282,7 +293,7 @@ def coded_adam_(
     axis: int,
     begin: int,
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -322,6 +333,7 @@ def coded_adam_(
             for x, (code, unit, stream), table in zip(moments, kept, tables, strict=True):
                 encode_(x, code[at], unit[at], table, -1, stream, steps[i], first)
             seed = seeds[i] if seeds else None
+            seed = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed
             _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, Window(first))
         if whole is not param:
             param.copy_(whole)

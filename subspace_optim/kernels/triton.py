@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import philox
 from ..philox import ALL, Window
-from ..types import BLOCK, Plan, Side
+from ..types import BLOCK, Plan, Seeds, Side
 from . import reference
 from . import triton_device as kernels
 from .reference import back, grad_max, part_of, transform_
@@ -53,6 +53,7 @@ DOT = {torch.float32: "tf32x3", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FUSED_RANK = {"tf32x3": 128, "tf32": 128, "bf16": 256, "fp16": 256}
 FUSED_MULTIPLE = 8  # of which n must be a multiple
 
+COMPENSATES = True  # what rounding takes from a parameter, in the place of its seed
 _WORKSPACE = 2**27  # bytes of updates between project and apply: a larger bucket is stepped in parts
 _BLOCK = 1024  # elements of a program of elementwise
 _CODED = 2048  # elements of a program of encode, decode and coded_adam
@@ -134,7 +135,7 @@ def _capability(device: torch.device) -> int:
 
 
 class _Table(NamedTuple):
-    """Addresses and seeds of a bucket, (rows, B) on the device; whether all of the first 5 are multiples of 16."""
+    """Addresses and seeds of a bucket, (rows, B) on the device; what all of those of large tensors are multiples of."""
 
     on_device: Tensor
     align: int
@@ -147,19 +148,21 @@ def _table(
     exp_avg_sqs: Sequence[Tensor] = (),
     bases: Sequence[Tensor] = (),
     steps: Sequence[Tensor] = (),
-    seeds: Sequence[int] = (),
+    seeds: Seeds = (),
     further: Sequence[int] = (),
 ) -> _Table:
     """The order of the rows is that of the arguments; a kernel reads only rows that its caller gave."""
     columns = (out, grads, exp_avgs, exp_avg_sqs, bases, steps)
     rows = [_addresses(column) or [0] * len(out) for column in columns]
-    values = tuple(chain(*rows, seeds or [0] * len(out), further))
+    rests = reference.rests(seeds)
+    values: tuple[Any, ...] = tuple(chain(*rows, _addresses(rests) or seeds or [0] * len(out), further))
+    aligned = 7 if rests else 5
     device = out[0].device
     if device.type != "cuda":
-        return _fill_table(values, len(out), device)
+        return _fill_table(values, len(out), aligned, device)
     if torch.cuda.is_current_stream_capturing():  # the graph writes its own table, and must find it at every replay
-        return _fill_table(values, len(out), device)
-    return _cached_table(values, len(out), device, torch.cuda.current_stream(device).cuda_stream)
+        return _fill_table(values, len(out), aligned, device)
+    return _cached_table(values, len(out), aligned, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -167,14 +170,14 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _cached_table(values: tuple[int, ...], count: int, device: torch.device, stream: int) -> _Table:
+def _cached_table(values: tuple[int, ...], count: int, aligned: int, device: torch.device, stream: int) -> _Table:
     """An unchanged bucket finds its table; the stream is a key because it orders the writing before the reading."""
-    return _fill_table(values, count, device)
+    return _fill_table(values, count, aligned, device)
 
 
-def _fill_table(values: tuple[int, ...], count: int, device: torch.device) -> _Table:
-    table = philox.integers(values, device)
-    return _Table(table, 16 if all(address % 16 == 0 for address in values[: 5 * count]) else 1)
+def _fill_table(values: tuple[int, ...], count: int, aligned: int, device: torch.device) -> _Table:
+    table, large = philox.integers(values, device), [*values[: 5 * count], *values[6 * count : aligned * count]]
+    return _Table(table, 16 if all(address % 16 == 0 for address in large) else 1)
 
 
 def _launch(
@@ -235,8 +238,10 @@ def _moment_scalars(beta1: float, beta2: float, eps: float) -> tuple[float, floa
     return 1 - beta1, beta2, 1 - beta2, max(eps, reference._EPS_FLOOR)
 
 
-def _noise_mode(params: Sequence[Tensor], seeds: Sequence[int], *starts: int) -> int:
+def _noise_mode(params: Sequence[Tensor], seeds: Seeds, *starts: int) -> int:
     """See _noise: 0 rounds to nearest; `starts` are where rows of whole blocks would have to begin."""
+    if reference.rests(seeds):
+        return -1
     if not seeds or params[0].dtype != torch.bfloat16:
         return 0
     return 8 if all(start % 8 == 0 for start in starts) else 1
@@ -371,7 +376,7 @@ def _step_elements(
     weight_decay: float,
     scale: float,
     window: Window,
-    seeds: Sequence[int] = (),
+    seeds: Seeds = (),
     **modes: bool,
 ) -> None:
     size = out[0].numel()
@@ -409,7 +414,7 @@ def apply_(
     updates: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     weight_decay: float,
     scale: float,
@@ -419,7 +424,7 @@ def apply_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side == "both" or not _fits(params, updates, steps, bases=bases):
+    if side == "both" or not _fits(params, updates, steps, reference.rests(seeds), bases=bases):
         reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
@@ -440,7 +445,7 @@ def _apply_all(
     updates: Sequence[Tensor],
     bases: list[Tensor],
     steps: Sequence[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     weight_decay: float,
     scale: float,
@@ -481,7 +486,7 @@ def _apply_all(
         )
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | None, window: Window = ALL) -> None:
+def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
     """See the reference; the step stays on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
     minus_one = torch.tensor(-1.0, dtype=torch.float64)
@@ -495,7 +500,7 @@ def projected_adam_(
     exp_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -508,7 +513,7 @@ def projected_adam_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side == "both" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, bases=bases):
+    if side == "both" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
             *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
@@ -562,7 +567,7 @@ def _fused_adam_(
     exp_avg_sqs: Sequence[Tensor],
     bases: list[Tensor],
     steps: Sequence[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     betas: tuple[float, float],
     eps: float,
@@ -612,7 +617,7 @@ def weight_norm_adam_(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -651,7 +656,7 @@ def coded_weight_norm_adam_(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -680,7 +685,7 @@ def _step_lengths(
     length_avg_sqs: list[Tensor],
     bases: list[Tensor],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -744,7 +749,7 @@ def compressed_adafactor_(
     bases: list[Tensor],
     carried: list[bool],
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     decay_rate: float,
@@ -823,7 +828,7 @@ def _blend(
     momenta: Sequence[Tensor],
     bases: list[Tensor],
     steps: Sequence[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     numbers: Tensor,
     lr: Tensor,
     beta1: float,
@@ -939,7 +944,7 @@ def coded_adam_(
     axis: int,
     begin: int,
     steps: list[Tensor],
-    seeds: Sequence[int],
+    seeds: Seeds,
     lr: Tensor,
     beta1: float,
     beta2: float,
@@ -953,7 +958,7 @@ def coded_adam_(
     """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
     own = (params, grads, codes, scales, tables, streams, axis, begin, steps)
     adam = (beta1, beta2, eps)
-    if not _fits(params, grads, steps):
+    if not _fits(params, grads, steps, reference.rests(seeds)):
         reference.coded_adam_(*own, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite)
         return
     torch.autograd.graph.increment_version(params)
@@ -1006,7 +1011,7 @@ def _step_coded(
     eps_inside: bool,
     finite: Tensor | None,
     corrections: Tensor | None = None,
-    seeds: Sequence[int] = (),
+    seeds: Seeds = (),
     lr: Tensor | None = None,
     weight_decay: float = 0.0,
     scale: float = 0.0,
@@ -1038,7 +1043,7 @@ def _step_coded(
             CAUTIOUS=cautious,
             EPS_INSIDE=eps_inside,
             NOISE=_coded_noise(length, begin),
-            ROUND=bool(seeds) and out[0].dtype == torch.bfloat16,
+            ROUND=_noise_mode(out, seeds),
             SIGNED_LAST=len(tables[0]) - 2,
             UNSIGNED_LAST=len(tables[1]) - 2,
             TINY=_TINY,

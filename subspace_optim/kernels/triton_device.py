@@ -154,7 +154,8 @@ def _noise(table, corner, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOIS
     """Rounding noise of a tile whose corner is element `corner` of a tensor with rows of `pitch`.
 
     NOISE = 8: rows hold whole blocks of 8 elements, which share one call of Philox. NOISE = 1: each element makes its
-    own, and takes the half-word that is its.
+    own, and takes the half-word that is its. Elsewhere 0 is to nearest, and so is -1, where what
+    rounding takes is in the place of a seed.
     """
     seed, step = _seed_and_step(table)
     return _half_words_of_tile(seed, step, corner, pitch, ROWS, COLUMNS, NOISE)
@@ -190,6 +191,12 @@ def _seed_and_step(table):
 def _round(value, noise):
     """Stochastically to bfloat16, still as float32: the 16 bits that will be dropped decide by chance."""
     return ((value.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _lost(value, TYPE: tl.constexpr):
+    """What rounding takes from it."""
+    return (value - value.to(TYPE).to(tl.float32)).to(TYPE)
 
 
 @triton.jit
@@ -275,9 +282,14 @@ def elementwise(
     if APPLY:
         if SIGN:
             update = _sign(update)
-        rate = _rate(lr, LR)
-        update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
-        if NOISE > 0:
+        rate, weight = _rate(lr, LR), tl.load(out, mask=inside).to(tl.float32)
+        if NOISE < 0:
+            rest = _at(table, 6, OUT, ALIGN) + i
+            weight += tl.load(rest, mask=inside).to(tl.float32)
+        update = (1 - rate * weight_decay) * weight - rate * scale * update
+        if NOISE < 0:
+            tl.store(rest, _lost(update, OUT), mask=inside)
+        elif NOISE > 0:
             seed, step = _seed_and_step(table)
             at = start + tl.arange(0, BLOCK // NOISE) * NOISE
             number = origin + at // columns * pitch + at % columns
@@ -382,6 +394,7 @@ def _write(
     n,
     origin,
     pitch,
+    ALIGN: tl.constexpr,
     SIGN: tl.constexpr,
     NOISE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -397,17 +410,23 @@ def _write(
         HALF: tl.constexpr = COLUMNS // 2
         a, b = tl.split(tl.permute(tl.reshape(step, (ROWS, 2, HALF)), (0, 2, 1)))
         same = (rate, weight_decay, scale, i)
-        _write(table, w, a, *same, j, m, n, origin, pitch, SIGN, NOISE, ROWS, HALF, SLICE, factor)
-        _write(table, w, b, *same, j + HALF, m, n, origin, pitch, SIGN, NOISE, ROWS, HALF, SLICE, factor)
+        _write(table, w, a, *same, j, m, n, origin, pitch, ALIGN, SIGN, NOISE, ROWS, HALF, SLICE, factor)
+        _write(table, w, b, *same, j + HALF, m, n, origin, pitch, ALIGN, SIGN, NOISE, ROWS, HALF, SLICE, factor)
     else:
         inside = _inside(i, j, m, n, ROWS, COLUMNS)
         at = _tile(w, i, j, n, ROWS, COLUMNS)
         if SIGN:
             step = _sign(step)
-        value = (1 - rate * weight_decay) * tl.load(at, mask=inside).to(tl.float32) - rate * scale * step
+        value = tl.load(at, mask=inside).to(tl.float32)
+        if NOISE < 0:
+            rest = _tile(_at(table, 6, w.dtype.element_ty, ALIGN), i, j, n, ROWS, COLUMNS)
+            value += tl.load(rest, mask=inside).to(tl.float32)
+        value = (1 - rate * weight_decay) * value - rate * scale * step
         if factor is not None:
             value *= factor[:, None]
-        if NOISE > 0:
+        if NOISE < 0:
+            tl.store(rest, _lost(value, w.dtype.element_ty), mask=inside)
+        elif NOISE > 0:
             corner = origin + tl.to_tensor(i).to(tl.int64) * pitch + j
             value = _round(value, _noise(table, corner, pitch, ROWS, COLUMNS, NOISE))
         tl.store(at, value.to(w.dtype.element_ty), mask=inside)
@@ -481,7 +500,7 @@ def fused(
             basis = _load(q, d, 0, m, rank, DEPTH, RANK)
             step = _dot(basis, update, tl.zeros((DEPTH, ROWS), tl.float32), DOT)  # (DEPTH, ROWS)
             same = (table, w, step, rate, weight_decay, scale)
-            _write(*same, d, o, m, n, origin, pitch, False, NOISE, DEPTH, ROWS, ROWS)
+            _write(*same, d, o, m, n, origin, pitch, ALIGN, False, NOISE, DEPTH, ROWS, ROWS)
     else:
         update = _advance_tile(
             *(table, corrections, low, o, 0, m, rank, alpha1, beta2, alpha2, eps),
@@ -492,7 +511,7 @@ def fused(
             basis = _load(q, d, 0, n, rank, DEPTH, RANK)
             step = _dot(update, tl.trans(basis), tl.zeros((ROWS, DEPTH), tl.float32), DOT)  # (ROWS, DEPTH)
             same = (table, w, step, rate, weight_decay, scale)
-            _write(*same, o, d, m, n, origin, pitch, False, NOISE, ROWS, DEPTH, DEPTH)
+            _write(*same, o, d, m, n, origin, pitch, ALIGN, False, NOISE, ROWS, DEPTH, DEPTH)
 
 
 @triton.jit
@@ -695,7 +714,7 @@ def apply(
         length, aim = tl.sqrt_rn(sums), _row_numbers(lengths, 1, i, m, ROWS, -1.0)
         factor = tl.where((aim >= 0) & (length > 0), tl.div_rn(aim, tl.where(length > 0, length, 1.0)), 1.0)
     same = (table, w, step, rate, weight_decay, scale)
-    _write(*same, i, j, m, n, origin, pitch, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
+    _write(*same, i, j, m, n, origin, pitch, ALIGN, SIGN, NOISE, ROWS, COLUMNS, SLICE, factor)
 
 
 @triton.jit
@@ -862,7 +881,7 @@ def blend(
         return
     scale *= tl.load(clips + tl.program_id(1))
     same = (table, _at(table, 0, W, ALIGN), step, _rate(lr, LR), weight_decay, scale)
-    _write(*same, i, j, m, n, 0, n, False, NOISE, ROWS, COLUMNS, SLICE)
+    _write(*same, i, j, m, n, 0, n, ALIGN, False, NOISE, ROWS, COLUMNS, SLICE)
 
 
 @triton.jit
@@ -1117,9 +1136,14 @@ def coded_adam(
     )
     out = _at(table, 0, OUT, ALIGN) + x
     if APPLY:
-        rate = _rate(lr, LR)
-        update = (1 - rate * weight_decay) * tl.load(out, mask=inside).to(tl.float32) - rate * scale * update
-        if ROUND:
+        rate, weight = _rate(lr, LR), tl.load(out, mask=inside).to(tl.float32)
+        if ROUND < 0:
+            rest = _at(table, 6, OUT, ALIGN) + x
+            weight += tl.load(rest, mask=inside).to(tl.float32)
+        update = (1 - rate * weight_decay) * weight - rate * scale * update
+        if ROUND < 0:
+            tl.store(rest, _lost(update, OUT), mask=inside)
+        elif ROUND > 0:
             corner = begin + _first(i, j, length, ROWS, BLOCK)  # W begins where its moments do
             update = _round(update, _half_words_of_tile(seed, step, corner, length, ROWS, BLOCK, NOISE))
     tl.store(out, update.to(OUT), mask=inside)
