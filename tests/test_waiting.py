@@ -100,6 +100,7 @@ OPTIMIZERS = {
         params, rank=8, scale_parameter=True, transform="cautious", **options
     ),
     "gradnormlorp": lambda params, **options: so.GradNormLoRP(params, rank=8, **options),
+    "galore_full": lambda params, **options: so.GaLore(params, rank=8, proj_type="full", **options),
     "galore_kahan": lambda params, **options: so.GaLore(params, rank=8, rounding="kahan", **options),
     "gradnormlorp_kahan": lambda params, **options: so.GradNormLoRP(params, rank=8, rounding="kahan", **options),
     "gradnormlorp_8bit": lambda params, **options: so.GradNormLoRP(params, rank=8, state_bits=8, **options),

@@ -3,8 +3,8 @@
 This is their host: what is launched, on which tables and in which blocks. The kernels are in triton_device.py.
 
 Nothing here waits for the device, and a step can be captured in a CUDA graph. What these kernels do not cover is done
-by the reference: projections on both sides, float64, and tensors that are not contiguous. What the cautious transform
-keeps is counted by a launch before the one that writes; projected, it steps in three pieces.
+by the reference: float64, and tensors that are not contiguous. What the cautious transform keeps is counted by a launch
+before the one that writes; projected, it steps in three pieces, as projections on both sides do.
 """
 
 from __future__ import annotations
@@ -254,9 +254,13 @@ def _pitch(window: Window, n: int) -> int:
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """See the reference."""
-    if side not in ("left", "right") or dtype not in _TYPES or not _fits(grads, bases=bases):
+    if side is None or dtype not in _TYPES or not _fits(grads, bases=bases):
         return reference.project(grads, bases, side, dtype)
-    return _project_all(grads, bases, side, dtype, DOT[grads[0].dtype])
+    dot = DOT[grads[0].dtype]
+    if side == "both":
+        lows = _project_all(grads, bases[: len(grads)], "left", torch.float32, dot)
+        return _project_all(lows, bases[len(grads) :], "right", dtype, DOT[torch.float32])
+    return _project_all(grads, bases, side, dtype, dot)
 
 
 def _project_all(
@@ -424,7 +428,7 @@ def apply_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side == "both" or not _fits(params, updates, steps, reference.rests(seeds), bases=bases):
+    if not _fits(params, updates, steps, reference.rests(seeds), bases=bases):
         reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
@@ -437,7 +441,15 @@ def apply_(
             SIGN=sign,
         )
         return
+    if side == "both":
+        updates, bases, side = _left(updates, bases[: len(params)], finite), bases[len(params) :], "right"
     _apply_all(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+
+
+def _left(updates: Sequence[Tensor], bases: list[Tensor], finite: Tensor | None) -> list[Tensor]:
+    """P N in float32, the first half of back(N) on both sides."""
+    dot = DOT[torch.float32]
+    return _project_all(_operands(bases, dot), list(updates), "right", torch.float32, dot, finite=finite)
 
 
 def _apply_all(
@@ -513,7 +525,7 @@ def projected_adam_(
     finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side == "both" or not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases):
+    if not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases):
         reference.projected_adam_(
             *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
             *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
@@ -535,7 +547,7 @@ def projected_adam_(
             CAUTIOUS=transform == "cautious",
         )
         return
-    if transform == "cautious":
+    if transform == "cautious" or side == "both":
         lows = project(grads, bases, side, exp_avgs[0].dtype)
         updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
         apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, False, window, finite)
@@ -734,7 +746,7 @@ def _step_lengths(
                 lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
             updates = update(lows, at, corrections, some)
             if side == "both":
-                updates = _project_all(_operands(lefts, DOT[wide]), updates, "right", wide, DOT[wide], finite=some)
+                updates = _left(updates, lefts, some)
             outer, last = (rights, "right") if side == "both" else (lefts, side)
             _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
 
@@ -842,9 +854,7 @@ def _blend(
     """W takes its step along D."""
     dot, count, (m, n), device = _normalised_dot(params[0].dtype), len(params), params[0].shape, params[0].device
     if side == "both":
-        float32 = DOT[torch.float32]
-        lefts, bases, side = _operands(bases[:count], float32), bases[count:], "right"
-        momenta = _project_all(lefts, list(momenta), "right", torch.float32, float32, finite=finite)  # P M
+        momenta, bases, side = _left(momenta, bases[:count], finite), bases[count:], "right"
     bases = _operands(bases, dot)
     table = _table(params, grads, momenta, (), bases, steps, seeds)
     shape = blocks("apply", dot, _capability(device))
