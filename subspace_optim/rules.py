@@ -35,7 +35,11 @@ class Rule:
     sign_after: ClassVar[bool] = False  # True: the sign is taken after the back-projection
     whole_gradient: ClassVar[str] = ""  # why a step needs more of a gradient than R, if it does
     takes_codes: ClassVar[bool] = False  # True: step_ hands the moments to functions of storage.Coding alone
-    skips: ClassVar[bool] = False  # True: step_ leaves alone what `bucket.finite` says no of, and reads nothing back
+
+    @property
+    def skips(self) -> bool:
+        """Whether step_ leaves alone what `bucket.finite` says no of, and reads nothing back."""
+        return False
 
     @property
     def compensates(self) -> bool:
@@ -145,13 +149,15 @@ class Lion(Rule):
 
     betas: ClassVar[tuple[float, float]] = (0.9, 0.99)
     sign_after: ClassVar[bool] = True
+    skips: ClassVar[bool] = True
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """The interpolated moment; its sign is taken by apply_."""
         moments = bucket.slot("exp_avg")
-        torch._foreach_add_(bucket.slot("step"), 1)
-        updates = list(torch._foreach_lerp(moments, lows, 1 - hyper.betas[0]))
-        torch._foreach_lerp_(moments, lows, 1 - hyper.betas[1])
+        _count_(bucket)
+        fresh = list(map(chosen, bucket.flags, lows, moments))  # the average of a moment with itself is itself
+        updates = list(torch._foreach_lerp(moments, fresh, 1 - hyper.betas[0]))
+        torch._foreach_lerp_(moments, fresh, 1 - hyper.betas[1])
         kernel.transform_(updates, lows, hyper.transform)
         return updates
 
@@ -170,13 +176,17 @@ class Momentum(Rule):
 
     nesterov: bool = False
 
+    skips: ClassVar[bool] = True
+
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """N = M."""
         moments, beta = bucket.slot("exp_avg"), hyper.betas[0]
-        torch._foreach_add_(bucket.slot("step"), 1)
-        torch._foreach_mul_(moments, beta)
-        torch._foreach_add_(moments, lows)
-        updates = [r.add(m, alpha=beta) if self.nesterov else m.clone() for r, m in zip(lows, moments, strict=True)]
+        _count_(bucket)
+        updates = list(torch._foreach_mul(moments, beta))
+        torch._foreach_add_(updates, lows)
+        torch._foreach_copy_(moments, list(map(chosen, bucket.flags, updates, moments)))
+        if self.nesterov:
+            updates = list(torch._foreach_add(lows, moments, alpha=beta))
         kernel.transform_(updates, lows, hyper.transform)
         return updates
 
@@ -202,8 +212,13 @@ class Adafactor(Rule):
     lr_inside: bool = False
 
     @property
+    def skips(self) -> bool:
+        """Not where parameters are decayed beforehand."""
+        return not self.lr_inside
+
+    @property
     def compensates(self) -> bool:
-        """Not where they are decayed beforehand."""
+        """Likewise."""
         return not self.lr_inside
 
     def init(self, plan: Plan) -> State:
@@ -293,7 +308,6 @@ class CompressedAdafactor(Adafactor):
     """
 
     looks_behind: ClassVar[bool] = True
-    skips: ClassVar[bool] = True
     whole_gradient: ClassVar[str] = "the fresh part of Flora's update, G/√V̂, has full rank"
 
     def init(self, plan: Plan) -> State:
@@ -462,7 +476,6 @@ class Apollo(Adam):
     """
 
     whole_gradient: ClassVar[str] = "APOLLO's update is the gradient itself, rescaled"
-    skips: ClassVar[bool] = False
 
     scale_type: Literal["channel", "tensor"] = "channel"
     growth: float | None = 1.01
@@ -483,29 +496,31 @@ class Apollo(Adam):
         channel = {"right": (-1,), "left": (-2,)}.get(plan.side, (-2, -1))
         dims = channel if self.scale_type == "channel" else (-2, -1)
         share = self.least_share * math.sqrt(math.prod(plan.whole.low_shape) / math.prod(plan.whole.matrix))
-        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, bucket.flags, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             wanted, seen, whole = (
                 plan.sharding.norm(x, axes, dims, keepdim=True)
                 for x, axes in ((updates[i], plan.low_axes), (lows[i], plan.low_axes), (grad, (0, 1)))
             )
             step = grad * (wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR))
-            self._limit_(step, plan.sharding.norm(step, (0, 1), (-2, -1)), state, hyper)
+            self._limit_(step, plan.sharding.norm(step, (0, 1), (-2, -1)), state, hyper, finite)
             kernel.apply_(
                 *([param], [step], [], [state["step"]], bucket.seeds[i : i + 1], hyper.lr, hyper.weight_decay),
                 *(self.scale(hyper), None),
+                finite=None if finite is None else finite.view(1),
             )
 
-    def _limit_(self, step: Tensor, norm: Tensor, state: State, hyper: Hyper) -> None:
+    def _limit_(self, step: Tensor, norm: Tensor, state: State, hyper: Hyper, finite: Tensor | None) -> None:
         if self.growth is None:
             return
         last = state["update_norm"]
         if self.eps_inside:  # the official code corrects the bias after the limiter
-            k = float(state["step"])
-            norm = norm * ((1 - hyper.betas[0] ** k) / math.sqrt(1 - hyper.betas[1] ** k))
+            k = state["step"].double()
+            norm = norm * ((1 - hyper.betas[0] ** k) / (1 - hyper.betas[1] ** k).sqrt()).to(norm)
         excess = torch.where(last > 0, norm / (self.growth * last), 1).clamp_(min=1)
         step.div_(excess)
-        last.copy_(torch.where(norm > 0, norm / excess, last))
+        stepped = norm > 0 if finite is None else (norm > 0) & finite
+        torch.where(stepped, norm / excess, last, out=last)
 
     def scale(self, hyper: Hyper) -> float:
         """√scale, as the official code takes it."""

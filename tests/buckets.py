@@ -155,16 +155,16 @@ def step_coded_lengths(kernel, lists, side, bits, transform="none", seeds=(), fi
     return [own.decoded(reference, torch.float32) for column in kept for own in column]
 
 
-def compensated(kernel, what, dtype):
+def compensated(kernel, what, dtype, device="cpu"):
     """W and the sum of it and of what rounding has taken, after a step that has taken and given back.
 
     Products are exact: G is of whole numbers, and a basis is columns of the identity.
     """
     shape, side = (24, 40), {"right": "right", "left": "left", "both": "both", "momenta": "right"}.get(what)
     lists = {
-        "coded": lambda: coded_bucket(shape, -1, 8, dtype),
-        "momenta": lambda: momentum_bucket(shape, 3, side, dtype),
-    }.get(what, lambda: bucket(shape, 3, side, dtype))()
+        "coded": lambda: coded_bucket(shape, -1, 8, dtype, device=device),
+        "momenta": lambda: momentum_bucket(shape, 3, side, dtype, device=device),
+    }.get(what, lambda: bucket(shape, 3, side, dtype, device=device))()
     lists = [list(column) for column in lists]
     lists[0], lists[1] = [w * 100 for w in lists[0]], [g.mul(4).round() for g in lists[1]]
     rests = [(w.float() * 2.0**-10).to(dtype) for w in lists[0]]
@@ -174,15 +174,15 @@ def compensated(kernel, what, dtype):
         lists[2] = [m.zero_() for m in lists[2]]
         step_momenta(kernel, lists, side, rests=rests)
     else:
-        lists[4] = [torch.eye(len(b))[:, torch.randperm(len(b))[:3]].contiguous() for b in lists[4]]
+        lists[4] = [torch.eye(len(b), device=device)[:, :3].contiguous() for b in lists[4]]
         kernel.projected_adam_(*lists, rests, RATE, 0.8, 0.95, 1e-3, 0.1, 0.5, side, "none")
     return lists[0], [w.float() + rest for w, rest in zip(lists[0], rests)]
 
 
-def assert_compensated_alike(kernel, dtype, *whats):
+def assert_compensated_alike(kernel, dtype, *whats, device="cpu"):
     """W and the rest have 16 bits; of W alone, one in 500 may be the next one where the sum is between two."""
     for what in whats:
-        mine, theirs = compensated(kernel, what, dtype), compensated(reference, what, dtype)
+        mine, theirs = (compensated(each, what, dtype, device) for each in (kernel, reference))
         assert error(mine[1], theirs[1]) < 2e-5, what
         assert error(mine[0], mine[1]) > 5e-5, what
         assert sum((a != b).sum() for a, b in zip(mine[0], theirs[0])) <= 0.002 * 2 * 24 * 40, what

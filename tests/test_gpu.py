@@ -7,6 +7,7 @@ import pytest
 import torch
 from buckets import (
     assert_coded_alike,
+    assert_compensated_alike,
     bucket,
     coded_bucket,
     error,
@@ -228,6 +229,12 @@ def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
             assert unharmed()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_what_rounding_takes_is_given_back(dtype, kernels):
+    """Where no product is rounded."""
+    assert_compensated_alike(kernels, dtype, "dense", "coded", "momenta", device=GPU)
+
+
 CODED_SHAPES = [((9, 300), -1), ((1000, 64), -1), ((256, 5461), -2)]  # few: each is a compilation of Triton's
 
 
@@ -322,10 +329,18 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*("galore", "galore_8bit", "flora"), *("gradnormlorp", "gradnormlorp_8bit", "grams", "adamw", "adamw_8bit")],
-)
+KINDS = {
+    "": {},
+    "8bit": {"state_bits": 8},
+    "kahan": {"rounding": "kahan"},
+    "lion": {"rule": so.Lion()},
+    "adafactor": {"rule": so.Adafactor()},
+}
+CAPTURED = ("galore", "galore_8bit", "galore_kahan", "galore_lion", "galore_adafactor", "flora", "apollo")
+CAPTURED += ("gradnormlorp", "gradnormlorp_8bit", "grams", "adamw", "adamw_8bit")
+
+
+@pytest.mark.parametrize("name", CAPTURED)
 def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
     """Between two refreshes: replays are eager steps, bad gradients, counts and a changed rate included."""
     ends = []
@@ -333,8 +348,8 @@ def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
         params = net(torch.bfloat16).to(GPU)
         lr = torch.tensor(0.1, device=GPU)
         options = {"lr": lr, "weight_decay": 0.1, "backend": name_of(kernels)}
-        method, _, coded = name.partition("_")
-        options |= {"state_bits": 8} if coded else {}
+        method, _, kind = name.partition("_")
+        options |= KINDS[kind]
         if method == "adamw":
             opt = so.SubspaceOptimizer(params.values(), **options)
         else:

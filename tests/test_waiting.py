@@ -100,6 +100,12 @@ OPTIMIZERS = {
         params, rank=8, scale_parameter=True, transform="cautious", **options
     ),
     "gradnormlorp": lambda params, **options: so.GradNormLoRP(params, rank=8, **options),
+    "galore_lion": lambda params, **options: so.GaLore(params, rank=8, rule=so.Lion(), **options),
+    "galore_momentum": lambda params, **options: so.GaLore(params, rank=8, rule=so.Momentum(), **options),
+    "galore_adafactor": lambda params, **options: so.GaLore(params, rank=8, rule=so.Adafactor(), **options),
+    "apollo": lambda params, **options: so.APOLLO(params, rank=8, **options),
+    "lion": lambda params, **options: so.SubspaceOptimizer(params, dense_rule=so.Lion(), **options),
+    "adafactor": lambda params, **options: so.SubspaceOptimizer(params, dense_rule=so.Adafactor(), **options),
     "galore_full": lambda params, **options: so.GaLore(params, rank=8, proj_type="full", **options),
     "galore_kahan": lambda params, **options: so.GaLore(params, rank=8, rounding="kahan", **options),
     "gradnormlorp_kahan": lambda params, **options: so.GradNormLoRP(params, rank=8, rounding="kahan", **options),
@@ -110,7 +116,7 @@ OPTIMIZERS = {
         params, so.RandomProjection(8, kind="gaussian"), **options
     ),
 }
-WHOLE = ("gradnormlorp", "flora", "adamw")  # which need more of a gradient than R
+WHOLE = ("gradnormlorp", "flora", "apollo", "adamw", "lion", "adafactor")  # which need more of a gradient than R
 
 
 @pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
@@ -130,8 +136,9 @@ def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches):
         assert all(opt.state[param]["age"] == 1 for param in params if "age" in opt.state[param])
 
 
-@pytest.mark.parametrize("name", sorted({*OPTIMIZERS} - {"galore_8bit"}))  # whose bases are decoded one by one
+@pytest.mark.parametrize("name", sorted({*OPTIMIZERS} - {"galore_8bit", "apollo"}))
 def test_launches_do_not_grow_with_the_bucket(name, launches):
+    """Quantised bases are decoded one by one, and APOLLO steps so."""
     counts = []
     for times in (1, 4):
         with FakeTensorMode():
