@@ -273,8 +273,9 @@ class Coding:
         rest = (length_avgs, length_avg_sqs, bases, steps, *how)
         if not isinstance(exp_avgs[0], Coded):
             self._kernel.weight_norm_adam_(params, grads, exp_avgs, exp_avg_sqs, *rest, finite)
-        elif hasattr(self._kernel, "coded_weight_norm_adam_"):
-            self._kernel.coded_weight_norm_adam_(params, grads, *_flat(exp_avgs, exp_avg_sqs), *rest, finite)
+        elif hasattr(self._kernel, "coded_adam_update_"):
+            coded = _flat(exp_avgs, exp_avg_sqs)
+            self._kernel.weight_norm_adam_(params, grads, [], [], *rest, finite, coded)
         else:
             count, moments = len(params), [*exp_avgs, *exp_avg_sqs]
             wide = [own.decoded(self._kernel, steps[0].dtype) for own in moments]
@@ -317,12 +318,9 @@ class Coding:
             self._kernel.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
 
 
-def _flat(
-    exp_avgs: list[Coded], exp_avg_sqs: list[Coded]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], int, int]:
-    """Codes, scales, tables, streams, axis and begin as coded_adam_ takes them."""
+def _flat(exp_avgs: list[Coded], exp_avg_sqs: list[Coded]) -> reference.Codes:
     first, second, moments = exp_avgs[0], exp_avg_sqs[0], [*exp_avgs, *exp_avg_sqs]
-    return (
+    return reference.Codes(
         [moment.codes for moment in moments],
         [moment.scales for moment in moments],
         [first.table, second.table],

@@ -22,7 +22,7 @@ the reference: float64, and tensors that are not contiguous or not alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import CDLL, Array, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache, lru_cache
 from itertools import chain
@@ -35,7 +35,7 @@ from torch import Tensor
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Seeds, Side
 from . import reference
-from .reference import back, part_of, transform_
+from .reference import Codes, back, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -43,7 +43,6 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
-    "coded_weight_norm_adam_",
     "compressed_adafactor_",
     "decode",
     "encode_",
@@ -552,85 +551,23 @@ def weight_norm_adam_(
     side: Side,
     transform: str,
     finite: Tensor | None = None,
+    coded: Codes | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
 
     G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
     lengths it would come to and once to be written; back(N) is formed for both of these. Gradients of another type than
-    W, and what is not contiguous, are copied.
+    W, and what is not contiguous, are copied. `coded` moments take the place of others.
     """
-    with reference.contiguous(exp_avgs, exp_avg_sqs) as (means, squares):
-
-        def update(lows: Sequence[Tensor], at: slice, scalars: Tensor) -> list[Tensor]:
-            return _updates(lows, _Adam(means[at], squares[at], beta1, beta2, transform), scalars)
-
-        own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
-        _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
-
-
-def coded_weight_norm_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    side: Side,
-    transform: str,
-    finite: Tensor | None = None,
-) -> None:
-    """weight_norm_adam_ on moments that are kept as codes, which are those of coded_adam_."""
-
-    def update(lows: Sequence[Tensor], at: slice, scalars: Tensor) -> list[Tensor]:
-        kept = (part_of(column, len(params), at) for column in (codes, scales))
-        own = (*kept, tables, part_of(streams, len(params), at), axis, begin, scalars)
-        return _coded_updates(lows, *own, beta1, beta2, transform)
-
-    own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
-    _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
-
-
-def _step_lengths(
-    params: list[Tensor],
-    grads: list[Tensor],
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    side: Side,
-    finite: Tensor | None,
-    update: Callable[[Sequence[Tensor], slice, Tensor], list[Tensor]],
-) -> None:
-    """`update` makes N of R: of the lows of some members, by their scalars."""
     kind, (m, n), device = params[0].dtype, params[0].shape, params[0].device
     grads = [grad.to(kind).contiguous() for grad in grads]
     torch.autograd.graph.increment_version(params)
     advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
     undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
     count, each = len(params), len(advanced) // len(params)
-    with reference.contiguous(params) as (own,):
+    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
         for at in _parts(params, max(m, n) * bases[0].shape[-1], bases):
-            w, g = own[at], grads[at]
+            w, means, squares, g = (column[at] for column in (*own, grads))
             first, last = (scalars[at.start * each : at.stop * each] for scalars in (advanced, undecayed))
             along, aims = torch.empty((2, len(w), m), dtype=torch.float32, device=device)
             table = _table(w, g, _Adam(length_avgs[at], length_avg_sqs[at], beta1, beta2, "none"))
@@ -642,7 +579,10 @@ def _step_lengths(
             lows = _low_tangents(g, w, along, lefts, "left" if side == "both" else side, first)
             if side == "both":
                 lows = _low(lows, rights, "right", torch.float32)
-            updates = update(lows, at, first)
+            if coded is None:
+                updates = _updates(lows, _Adam(means, squares, beta1, beta2, transform), first)
+            else:
+                updates = _coded_updates(lows, *coded.part(count, at), first, beta1, beta2, transform)
             _write(w, updates, [*lefts, *rights], side, seeds[at], last, aims=aims)
 
 

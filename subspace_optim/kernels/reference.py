@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, cycle
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -249,6 +249,22 @@ def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
 def part_of(column: Sequence[T], count: int, at: slice) -> list[T]:
     """What a column, of one or two entries a tensor, all first ones before the second ones, has for some tensors."""
     return [*column[:count][at], *column[count:][at]]
+
+
+class Codes(NamedTuple):
+    """Moments as coded_adam_ takes them."""
+
+    codes: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    tables: Sequence[Tensor]
+    streams: Sequence[int]
+    axis: int
+    begin: int
+
+    def part(self, count: int, at: slice) -> Codes:
+        """Those of some of `count` tensors."""
+        codes, scales = (part_of(column, count, at) for column in (self.codes, self.scales))
+        return self._replace(codes=codes, scales=scales, streams=part_of(self.streams, count, at))
 
 
 def moved(

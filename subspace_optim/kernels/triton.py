@@ -10,7 +10,7 @@ before the one that writes; projected, it steps in three pieces, as projections 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ..philox import ALL, Window
 from ..types import BLOCK, Plan, Seeds, Side
 from . import reference
 from . import triton_device as kernels
-from .reference import back, grad_max, part_of, transform_
+from .reference import Codes, back, grad_max, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -33,7 +33,6 @@ __all__ = [
     "back",
     "coded_adam_",
     "coded_adam_update_",
-    "coded_weight_norm_adam_",
     "compressed_adafactor_",
     "decode",
     "encode_",
@@ -639,85 +638,23 @@ def weight_norm_adam_(
     side: Side | None,
     transform: str,
     finite: Tensor | None = None,
+    coded: Codes | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
 
     G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
-    lengths it would come to and once to be written; back(N) is formed for both of these.
+    lengths it would come to and once to be written; back(N) is formed for both of these. `coded` moments take the place
+    of others.
     """
-    with reference.contiguous(exp_avgs, exp_avg_sqs) as (means, squares):
-
-        def update(lows: list[Tensor], at: slice, corrections: Tensor, some: Tensor | None) -> list[Tensor]:
-            adam = (corrections, beta1, beta2, eps, transform, False, some)
-            return _updates(lows, means[at], squares[at], steps[at], *adam)
-
-        own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
-        _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
-
-
-def coded_weight_norm_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    side: Side | None,
-    transform: str,
-    finite: Tensor | None = None,
-) -> None:
-    """weight_norm_adam_ on moments that are kept as codes, which are those of coded_adam_."""
-
-    def update(lows: list[Tensor], at: slice, corrections: Tensor, some: Tensor | None) -> list[Tensor]:
-        kept = (part_of(column, len(params), at) for column in (codes, scales))
-        own = (*kept, tables, part_of(streams, len(params), at), axis, begin, steps[at])
-        return _coded_updates(lows, *own, beta1, beta2, eps, transform, False, some, corrections)
-
-    own = (params, grads, length_avgs, length_avg_sqs, bases, steps, seeds)
-    _step_lengths(*own, lr, beta1, beta2, eps, weight_decay, scale, side, finite, update)
-
-
-def _step_lengths(
-    params: list[Tensor],
-    grads: list[Tensor],
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    side: Side | None,
-    finite: Tensor | None,
-    update: Callable[[list[Tensor], slice, Tensor, Tensor | None], list[Tensor]],
-) -> None:
-    """`update` makes N of R: of the lows of some members, by bias corrections and flags."""
     kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
     grads = [grad.to(kind).contiguous() for grad in grads]
     torch.autograd.graph.increment_version(params)
     count, (m, n) = len(params), params[0].shape
     between = sum(basis.numel() for basis in bases) // count if side == "both" else 0
     part = max(1, _WORKSPACE // (4 * (2 * max(m, n) * bases[0].shape[-1] + between)))
-    with reference.contiguous(params) as (own,):
+    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
         for at in (slice(start, start + part) for start in range(0, count, part)):
-            w, g, k = (column[at] for column in (own, grads, steps))
+            w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
             lefts, rights = bases[:count][at], bases[count:][at]
             some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
             table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
@@ -744,7 +681,11 @@ def _step_lengths(
             lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, **tangent)
             if side == "both":
                 lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
-            updates = update(lows, at, corrections, some)
+            adam = (beta1, beta2, eps, transform, False, some)
+            if coded is None:
+                updates = _updates(lows, means, squares, k, corrections, *adam)
+            else:
+                updates = _coded_updates(lows, *coded.part(count, at), k, *adam, corrections)
             if side == "both":
                 updates = _left(updates, lefts, some)
             outer, last = (rights, "right") if side == "both" else (lefts, side)
