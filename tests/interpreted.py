@@ -11,7 +11,9 @@ import torch
 from buckets import (
     PARTS,
     assert_coded_alike,
+    assert_coded_rows_alike,
     assert_compensated_alike,
+    assert_left_alone,
     bucket,
     coded_bucket,
     error,
@@ -21,7 +23,6 @@ from buckets import (
     part_and_whole,
     some_unusable,
     step_coded,
-    step_coded_lengths,
     step_lengths,
     step_momenta,
     twice,
@@ -251,35 +252,19 @@ def test_strided_rows_are_stepped_in_their_places():
 def test_rows_of_what_is_not_finite_are_left_alone(side):
     """By the whole step, and by the pieces of a kernel that has none."""
     lists = length_bucket((9, 14), 3, side, torch.bfloat16, count=4)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    step_lengths(kernels, mine, side, "cautious", (5, 6, 7, 8), flags)
-    step_lengths(reference, theirs, side, "cautious", (5, 6, 7, 8), flags)
-    for own in (mine, theirs):
-        stepped, left = members(own, flags)
-        assert not any(x.isnan().any() for column in stepped for x in column)
-        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
-    assert error(members(mine, flags)[0][0], members(theirs, flags)[0][0]) < 2e-2
-    assert unharmed()
+
+    def step(kernel, own, flags):
+        step_lengths(kernel, own, side, "cautious", (5, 6, 7, 8), flags)
+
+    assert error(*assert_left_alone(lists, step, kernels, reference)) < 2e-2
 
 
 @pytest.mark.parametrize(
     ("side", "bits", "transform"), [("right", 8, "none"), ("left", 4, "cautious"), ("both", 8, "grams")]
 )
 def test_rows_are_stepped_on_codes(side, bits, transform, monkeypatch):
-    """A code in 10,000 may be the next one, since Adam rounds otherwise in its last bit."""
     monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
-    lists = length_bucket((24, 33), 9, side, torch.float32, count=3)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    moments, expected = (
-        step_coded_lengths(k, own, side, bits, transform, (), flags)
-        for k, own in ((kernels, mine), (reference, theirs))
-    )
-    for column, others in zip((moments, *mine), (expected, *theirs), strict=True):
-        few = 1 + sum(x.numel() for x in column) // 5000 if column is moments else 0
-        assert sum((~torch.isclose(x, y, 4e-6, 1e-6, equal_nan=True)).sum() for x, y in zip(column, others)) <= few
-    assert unharmed()
+    assert_coded_rows_alike(kernels, side, bits, transform)
 
 
 # ---- Flora's whole step ---------------------------------------------------------------------------------------------
@@ -315,17 +300,13 @@ def test_momenta_in_half_precision(side, exact):
 
 @pytest.mark.parametrize("side", ["right", "both"])
 def test_momenta_of_what_is_not_finite_are_left_alone(side):
-    """By the whole step, and by the pieces of a kernel that has none."""
-    lists = momentum_bucket((9, 14), 3, side, torch.bfloat16, count=4)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    for kernel, own in ((kernels, mine), (reference, theirs)):
-        step_momenta(kernel, own, side, "cautious", (5, 6, 7, 8), flags, torch.tensor([0.1, 0.2, 0.3, 0.4]))
-        stepped, left = members(own, flags)
-        assert not any(x.isnan().any() for column in stepped for x in column)
-        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
-    assert error(members(mine, flags)[0][0], members(theirs, flags)[0][0]) < 2e-2
-    assert unharmed()
+    """Likewise, with a rate for each."""
+    lists, rates = momentum_bucket((9, 14), 3, side, torch.bfloat16, count=4), torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def step(kernel, own, flags):
+        step_momenta(kernel, own, side, "cautious", (5, 6, 7, 8), flags, rates)
+
+    assert error(*assert_left_alone(lists, step, kernels, reference)) < 2e-2
 
 
 # ---- stochastic rounding: the same bits as the reference, where the value before rounding is the same ---------------

@@ -15,7 +15,9 @@ import torch
 from buckets import (
     PARTS,
     assert_coded_alike,
+    assert_coded_rows_alike,
     assert_compensated_alike,
+    assert_left_alone,
     bucket,
     coded_bucket,
     error,
@@ -25,7 +27,6 @@ from buckets import (
     part_and_whole,
     some_unusable,
     step_coded,
-    step_coded_lengths,
     step_lengths,
     step_momenta,
     twice,
@@ -424,14 +425,11 @@ def test_rows_in_half_precision(side, dtype):
 def test_rows_of_what_is_not_finite_are_left_alone(side):
     """By the whole step, in every launch of a bucket, and by the pieces of a kernel that has none."""
     lists = length_bucket((9, 14), 3, side, torch.bfloat16, count=70)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    for kernel, own in ((kernels, mine), (reference, theirs)):
+
+    def step(kernel, own, flags):
         step_lengths(kernel, own, side, "cautious", range(70), flags)
-        stepped, left = members(own, flags)
-        assert not any(x.isnan().any() for column in stepped for x in column)
-        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
-    assert unharmed()
+
+    assert_left_alone(lists, step, kernels, reference)
 
 
 def test_strided_rows_are_stepped_in_their_places():
@@ -446,19 +444,8 @@ def test_strided_rows_are_stepped_in_their_places():
     ("side", "bits", "transform"), [("right", 8, "none"), ("left", 4, "cautious"), ("both", 8, "grams")]
 )
 def test_rows_are_stepped_on_codes(side, bits, transform, monkeypatch):
-    """A code in 10,000 may be the next one, since Adam rounds otherwise in its last bit."""
     monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
-    lists = length_bucket((24, 33), 9, side, torch.float32, count=3)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    moments, expected = (
-        step_coded_lengths(k, own, side, bits, transform, (), flags)
-        for k, own in ((kernels, mine), (reference, theirs))
-    )
-    for column, others in zip((moments, *mine), (expected, *theirs), strict=True):
-        few = 1 + sum(x.numel() for x in column) // 5000 if column is moments else 0
-        assert sum((~torch.isclose(x, y, 4e-6, 1e-6, equal_nan=True)).sum() for x, y in zip(column, others)) <= few
-    assert unharmed()
+    assert_coded_rows_alike(kernels, side, bits, transform)
 
 
 # ---- Flora's whole step ---------------------------------------------------------------------------------------------
@@ -506,16 +493,13 @@ def test_momenta_are_rounded_with_the_bits_of_philox():
 
 @pytest.mark.parametrize("side", SIDES)
 def test_momenta_of_what_is_not_finite_are_left_alone(side):
-    """By the whole step, in every launch of a bucket, and by the pieces of a kernel that has none."""
+    """Likewise."""
     lists = momentum_bucket((9, 14), 3, side, torch.bfloat16, count=70)
-    flags = some_unusable(lists)
-    mine, theirs, unharmed = twice(lists)
-    for kernel, own in ((kernels, mine), (reference, theirs)):
+
+    def step(kernel, own, flags):
         step_momenta(kernel, own, side, "cautious", range(70), flags)
-        stepped, left = members(own, flags)
-        assert not any(x.isnan().any() for column in stepped for x in column)
-        torch.testing.assert_close(left, members(lists, flags)[1], rtol=0, atol=0, equal_nan=True)
-    assert unharmed()
+
+    assert_left_alone(lists, step, kernels, reference)
 
 
 # ---- moments in codes: encode_ and decode with the bits of the reference ---------------------------------------------

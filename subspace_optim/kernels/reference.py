@@ -325,7 +325,7 @@ def coded_adam_(
     Moments come flat, the first ones of all tensors before the second ones, as codes, scales and seeds (`streams`);
     `tables` are those of the two. `axis` and `begin` are those of encode_, W begins where its moments do, and
     everything else is as for projected_adam_. A module may have `coded_adam_update_` beside it, which returns N as
-    adam_update_ does.
+    adam_update_ does; its weight_norm_adam_ then takes `Codes`, too.
     """
     if finite is not None:
         columns = (params, grads, codes, scales, streams, steps, seeds)
