@@ -120,7 +120,7 @@ def variants(capability):
             yield f"{name} {dot} right", kernel, types | tile | {"LEFT": False}
             if capability not in SAME_CODE:
                 yield f"{name} {dot} left", kernel, types | tile | {"LEFT": True}
-                if name != "project" and dot == "bf16":
+                if name != "project" and dot == "bf16" and capability <= 90:
                     yield f"{name} {dot} kahan", kernel, types | tile | {"LEFT": False, "NOISE": -1}
                 rows = types | tile | dict.fromkeys(("IN", "OUT"), tl.float32) | {"ADAM": False, "rows": True}
                 if name == "project":  # of GradNormLoRP, as what follows
