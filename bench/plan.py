@@ -7,7 +7,7 @@ On a CPU the peak is that of torch's allocator events, on a GPU `max_memory_allo
 """
 
 import argparse
-import json
+import platform
 import sys
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import subspace_optim as so
 from subspace_optim.planner import bytes_of, causal_loss, enable_checkpointing
 from subspace_optim.pretrain.machine import peak_bytes, storage_bytes
 from subspace_optim.sizes import SIZES, llama_options
+
+from .measures import RESULTS, machine, written
 
 BOUND = 0.05
 CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
@@ -61,7 +63,7 @@ def main():
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--fit", help="take what the planner chooses for this size, and cap the allocator there")
-    parser.add_argument("--out", type=Path, help="write JSON there")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     rows = {}
@@ -81,8 +83,10 @@ def main():
         print(
             f"{size}: planned {plan.allocated / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB, {100 * error:+.1f} %"
         )
-    if options.out is not None:
-        options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    about, name = machine(), platform.machine()
+    if options.device == "cuda":
+        name = about["gpu"] = torch.cuda.get_device_name()
+    written(options.out, {"machine": about, "rows": rows}, name, "plan", *options.sizes, *filter(None, [options.fit]))
     return int(any(abs(row["error"]) > BOUND for row in rows.values()))
 
 

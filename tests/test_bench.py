@@ -4,6 +4,7 @@ In CI on tiny shapes: native and reference; compiled has tests/test_compiled.py,
 """
 
 import json
+import os
 import subprocess
 from importlib import import_module
 from pathlib import Path
@@ -91,14 +92,59 @@ def test_what_is_counted_is_what_the_reference_does(bench, method):
     assert counted.bytes == sum(3 * p.nbytes for p in projected + dense) + 2 * changed + kept
 
 
+def test_a_record_names_its_commit_where_git_is_not(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.measures.shutil, "which", lambda name: None)
+    assert bench.measures.machine()["commit"] == "unknown" and bench.measures.machine()["dirty"] is None
+    monkeypatch.setenv("COMMIT", "abc1234")
+    about = bench.measures.machine()
+    path = bench.measures.written(tmp_path / "new", {"machine": about}, "NVIDIA H200", "60m")
+    assert path.name == f"{about['time'][:10]}-abc1234-NVIDIA-H200-60m.json"
+    assert json.loads(path.read_text())["machine"] == about
+
+
 def test_bytes_of_dense_adamw(bench):
     """28 an element in float32, 22 in bfloat16 with float32 state and 14 without; 8 bits with a scale for 256."""
     for itemsize, bits, each in ((4, 32, 28), (2, 32, 22), (2, None, 14), (4, 8, 12 + 4 * (1 + 4 / 256))):
         assert bench.limits.work("adamw", [], [(10, 100)], 0, itemsize, bits).bytes == 1000 * each
 
 
-def test_the_script_for_gpus_is_one(bench, capsys):
-    subprocess.run(["bash", "-n", str(ROOT / "bench/gpu.sh")], check=True)
+def gpu_script(folder, *parts, failing="no call"):
+    """Run bench/gpu.sh where every program writes down its call, and those with `failing` in it exit with 3."""
+    tools = folder / "tools"
+    tools.mkdir(parents=True)
+    for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
+        (tools / name).write_text(f'#!/bin/sh\ncase "$*" in *"{failing}"*) exit 3;; esac\necho "{name} $*"\n')
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(folder)}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), *parts]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_script_for_gpus_does_all_of_it_in_one_command(tmp_path):
+    done = gpu_script(tmp_path)
+    parts = [line for line in done.stdout.splitlines() if line.startswith("== ") and "exit" not in line]
+    assert done.returncode == 0 and parts == ["== build", "== tests", "== memcheck", "== racecheck", "== benchmark"]
+    log = (tmp_path / "gpu.log").read_text()
+    for call in (
+        "build_ext --inplace",
+        "tests/test_gpu.py -n 8",
+        "--tool memcheck",
+        "--tool racecheck",
+        "-m bench.gpu",
+    ):
+        assert call in log
+
+
+def test_the_script_for_gpus_goes_on_after_a_failure_and_says_so(tmp_path):
+    done = gpu_script(tmp_path / "all", failing="tool memcheck")
+    assert done.returncode == 1 and "== memcheck: exit 3" in done.stdout and "== benchmark: exit 0" in done.stdout
+    memory = gpu_script(tmp_path / "memory", "memory", failing="20GB")
+    assert memory.returncode == 1 and memory.stdout.count("bench.plan") == 3 and "7b in 20GB: exit 3" in memory.stdout
+    wrong = gpu_script(tmp_path / "wrong", "memry")
+    assert wrong.returncode == 2 and "memry" in wrong.stderr and not (tmp_path / "wrong" / "gpu.log").exists()
+
+
+def test_the_benchmark_for_gpus_needs_one(bench, capsys):
     with pytest.raises(SystemExit, match="0"):
         bench.gpu.main(["--help"])
     if not torch.cuda.is_available():
