@@ -45,7 +45,7 @@ def _within(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _tile(pointer, i, j, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to the tile at (i, j): 64 bits for its corner, as a large embedding needs, 32 within it."""
-    return pointer + tl.to_tensor(i).to(tl.int64) * width + j + _within(width, ROWS, COLUMNS)
+    return pointer + tl.cast(i, tl.int64) * width + j + _within(width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -257,7 +257,7 @@ def elementwise(
             _count(update * low > 0, kept)
             return
         if CAUTIOUS:
-            update = _cautious(update, update * low > 0, kept, tl.to_tensor(size).to(tl.float32))
+            update = _cautious(update, update * low > 0, kept, tl.cast(size, tl.float32))
         tl.store(mean_at, mean, mask=inside)
         tl.store(square_at, square, mask=inside)
     if APPLY:
@@ -396,7 +396,7 @@ def _write(
         if factor is not None:
             value *= factor[:, None]
         if NOISE > 0:
-            corner = origin + tl.to_tensor(i).to(tl.int64) * pitch + j
+            corner = origin + tl.cast(i, tl.int64) * pitch + j
             value = _round(value, _noise(table, corner, pitch, ROWS, COLUMNS, NOISE))
         tl.store(at, value.to(w.dtype.element_ty), mask=inside)
 
@@ -660,7 +660,7 @@ def apply(
 @triton.jit
 def _coded_tile(i, j, count, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows, columns, and which are there, of the j-th block of the i-th ROWS rows of (count, length)."""
-    row = tl.to_tensor(i).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.cast(i, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = j * BLOCK + tl.arange(0, BLOCK)[None, :]
     return row, column, (row < count) & (column < length)
 
@@ -745,7 +745,7 @@ def _keep(
 @triton.jit
 def _first(i, j, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Of a tile, the place of its first element where blocks' dimension is the last."""
-    return tl.to_tensor(i).to(tl.int64) * ROWS * length + j * BLOCK
+    return tl.cast(i, tl.int64) * ROWS * length + j * BLOCK
 
 
 @triton.jit
@@ -875,7 +875,7 @@ def coded_adam(
         _count(update * low > 0, kept)
         return
     if CAUTIOUS:
-        update = _cautious(update, update * low > 0, kept, tl.to_tensor(count).to(tl.float32) * length)
+        update = _cautious(update, update * low > 0, kept, tl.cast(count, tl.float32) * length)
     seed, step = _seed_and_step(table)
     of_mean = tl.load(table + 9 * tl.num_programs(1) + tl.program_id(1))
     of_square = tl.load(table + 10 * tl.num_programs(1) + tl.program_id(1))
