@@ -5,6 +5,7 @@
 #
 #   bench/gpu.sh            all of that
 #   bench/gpu.sh PART...    some of build, tests, memcheck, racecheck, benchmark
+#   bench/gpu.sh tune       in 10 minutes more: which block shapes of the Triton kernels are fastest there
 #   bench/gpu.sh memory     in 10 minutes more: the planned peaks, and a real 7B of random weights under a hard cap
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -65,6 +66,10 @@ benchmark() {
   part benchmark 150 "$python" -m bench.gpu
 }
 
+tune() {
+  part tune 580 "$python" -m bench.tune --seconds 480
+}
+
 memory() {
   has transformers || { missing memory "transformers is not installed here"; return; }
   part plan 120 "$python" -m bench.plan --device cuda --sizes 60m 130m 1b --batch 8 --seq 256
@@ -77,7 +82,7 @@ memory() {
 [ $# -gt 0 ] || set -- build tests memcheck racecheck benchmark
 for name in "$@"; do
   case $name in
-    build | tests | memcheck | racecheck | benchmark | memory) ;;
+    build | tests | memcheck | racecheck | benchmark | tune | memory) ;;
     *) echo "bench/gpu.sh: no part is called $name; see its first lines" >&2; exit 2 ;;
   esac
 done

@@ -4,15 +4,19 @@ In CI on tiny shapes: native and reference; compiled has tests/test_compiled.py,
 """
 
 import json
+import math
 import os
 import subprocess
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from subspace_optim.kernels import reference
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
@@ -21,7 +25,7 @@ TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    names = ("arms", "gpu", "limits", "measures", "run")
+    names = ("arms", "gpu", "limits", "measures", "run", "tune")
     return SimpleNamespace(**{name: import_module(f"bench.{name}") for name in names})
 
 
@@ -164,3 +168,56 @@ def test_arms_of_the_gpu_step_on_a_cpu(bench, monkeypatch):
     rows = bench.gpu.measure("tiny", ["auto"], 1, bench.limits.Machine(1e9, 1e9))
     assert {"rank 8 auto", "rank 8 auto, SVD, 8 bits", "ours dense, fp32 state, auto"} <= {row["arm"] for row in rows}
     assert all(row["to_limit"] == 1 / max(row["bytes_ms"], row["flops_ms"]) for row in rows)
+
+
+class Shape(NamedTuple):
+    """As a Blocks of the Triton kernels."""
+
+    rows: int = 64
+    columns: int = 0
+    depth: int = 32
+    slice: int = 16
+    warps: int = 8
+    stages: int = 2
+
+
+def test_the_tuner_finds_the_valley_it_begins_in(bench):
+    def measure(shape):
+        if shape.stages > 3:
+            return "out of shared memory"
+        return abs(shape.rows - 256) + abs(shape.depth - 64) + 8.0 - shape.stages
+
+    best, tried = bench.tune.descended(Shape(), measure, math.inf)
+    assert best == Shape(rows=256, depth=64, stages=3)
+    assert tried[best._replace(stages=4)] == "out of shared memory"
+    assert all(shape.columns == 0 for shape in tried)
+    assert bench.tune.descended(Shape(), measure, -math.inf) == (Shape(), {Shape(): measure(Shape())})
+
+
+@pytest.mark.parametrize("name", ["fused", "project", "apply"])
+def test_the_tuner_takes_no_shape_that_is_wrong(bench, monkeypatch, name):
+    """The reference stands in for the kernels: one shape is refused, one gives other numbers, all take as long."""
+    key = (name, False, 90)
+    blocks = {key: Shape()}
+
+    def shaped(kernel):
+        def call(first, *arguments):
+            if blocks[key].stages == 3:
+                raise RuntimeError("out of resource: shared memory\nmore")
+            out = kernel(first, *arguments)
+            for tensor in (out or first) if blocks[key].depth == 64 else ():
+                tensor.mul_(1.01)
+            return out
+
+        return call
+
+    names = ("project", "apply_", "projected_adam_")
+    kernels = SimpleNamespace(BLOCKS=blocks, **{each: shaped(getattr(reference, each)) for each in names})
+    monkeypatch.setattr(bench.tune, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(bench.tune, "shapes", lambda size: [(40, 24), (24, 24)])
+    monkeypatch.setitem(bench.tune.RANKS, (name, False), 8)
+    monkeypatch.setattr(bench.tune, "timed", lambda arms, rounds: {"call": float(blocks[key].rows)})
+    best, tried = bench.tune.tuned(kernels, key, math.inf)
+    assert best.rows == 16 and blocks == {key: Shape()}
+    assert tried[Shape(rows=16, stages=3)] == "RuntimeError: out of resource: shared memory"
+    assert tried[Shape(rows=16, depth=64)].startswith("differs by ")

@@ -113,7 +113,12 @@ def supports(plan: Plan | None) -> str | None:
 
 def blocks(kernel: str, dot: str, capability: int) -> Blocks:
     """The program shape of a kernel on an architecture: 80, 86, 89, 90, 100, 120."""
-    return BLOCKS[kernel, dot in _DOT_TYPES, capability // 10 * 10 if 90 <= capability < 110 else 80]
+    return BLOCKS[block_key(kernel, dot, capability)]
+
+
+def block_key(kernel: str, dot: str, capability: int) -> tuple[str, bool, int]:
+    """Where `BLOCKS` has that shape."""
+    return kernel, dot in _DOT_TYPES, capability // 10 * 10 if 90 <= capability < 110 else 80
 
 
 @lru_cache
