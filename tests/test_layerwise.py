@@ -15,11 +15,12 @@ import torch
 from cases import METHODS, STORED_METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import SHAPES, assert_same, build, net, noise, peak_bytes, snapshot
+from training import SHAPES, assert_same, build, net, noise, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspace_optim as so
 from subspace_optim.integrations.ddp import ProjectedState
+from subspace_optim.pretrain.machine import peak_bytes
 
 STEPS, PARTS = 50, 4
 SERVED = [method for method in METHODS + STORED_METHODS if not build(method, net()).whole_gradient]
