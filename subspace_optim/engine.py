@@ -29,7 +29,7 @@ from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
 from .state import DTYPES, Seat, StatefulOptimizer, member_states, name_in, plan_for
-from .types import Bases, Bucket, Hyper, Plan, State
+from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
@@ -61,7 +61,7 @@ class _Entry:
             if not isinstance(column, Tensor):
                 self.state[key] = self.members[0][key]
             elif column.dtype == torch.int64:
-                distributed.local(column).copy_(torch.tensor([member[key] for member in self.members]))
+                distributed.local(column).copy_(torch.tensor([member[key] for member in self.members], device="cpu"))
         if self.matrices and self.matrices[0].data_ptr() != self.param.data_ptr():
             self.param.copy_(torch.stack(self.matrices).view(self.param.shape))
 
@@ -412,7 +412,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             if here
         ]
         norms += [square.sqrt().view(1) for square in distributed.together(dist.ReduceOp.SUM, squares)]
-        joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1)
+        joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1, device=device)
         self.last_grad_norm = norm = torch.linalg.vector_norm(joint)
         usable = torch.linalg.vector_norm(torch.where(joint.isfinite(), joint, 0))
         if max_norm != math.inf:
@@ -652,7 +652,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
     lr = group["lr"]
     return Hyper(
-        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        lr=lr if isinstance(lr, Tensor) else scalar(lr),
         betas=tuple(group["betas"]),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import philox
 from .distributed import WHOLE, Sharding
 from .kernels import reference
-from .types import Bases, Change, Plan, Side, State, change_of_basis, peak
+from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scalar
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
@@ -384,7 +384,7 @@ class OnlinePCA(SVD):
         steps = [torch.full((), state["basis_step"] - 1.0, dtype=q.dtype, device=q.device)]
         moments = [[state[f"{key}_{name}"]] for name in _BASIS_MOMENTS]
         updates = kernel.adam_update_([slope], *moments, steps, *self.basis_betas, 1e-8)
-        rate = torch.tensor(self.basis_lr * lr_ratio, dtype=torch.float64)
+        rate = scalar(self.basis_lr * lr_ratio)
         kernel.apply_([q], updates, [], steps, [], rate, self.basis_weight_decay, 1.0, None)
 
     def gradient(

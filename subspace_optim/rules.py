@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Axes
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, peak
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, peak, scalar
 
 Kernel = Any  # a module with the functions of kernels/reference.py
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
@@ -225,7 +225,7 @@ class Adafactor(Rule):
             for param, rate in zip(bucket.params, rates.double().expand(len(bucket)).tolist(), strict=True):
                 param.mul_(1 - rate * hyper.weight_decay)
             updates = self.update_(bucket, lows, hyper, kernel, rates)
-            self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=torch.ones(()))
+            self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=scalar(1))
         else:
             self.apply_(bucket, self.update_(bucket, lows, hyper, kernel), hyper, kernel, lr=rates)
 
@@ -306,7 +306,7 @@ class CompressedAdafactor(Adafactor):
             return
         torch._foreach_add_(bucket.slot("step"), 1)
         rates = self._rates(bucket, hyper).double().expand(len(bucket)).tolist()
-        history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)
+        history = scalar(-beta)  # the rate at which D takes steps along back(C)
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
@@ -322,7 +322,7 @@ class CompressedAdafactor(Adafactor):
             self._clip_(plan, update)
             kernel.apply_(
                 *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1]),
-                *(torch.tensor(rates[i], dtype=torch.float64), hyper.weight_decay, self.scale(hyper), None),
+                *(scalar(rates[i]), hyper.weight_decay, self.scale(hyper), None),
             )
 
 

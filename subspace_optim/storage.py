@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Side, State
+from .types import BITS, BLOCK, Bucket, Plan, Side, State, scalar
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -247,7 +247,7 @@ class Coding:
             return self._kernel.coded_adam_update_(lows, *coded, *adam, transform, eps_inside, finite)
         updates = [torch.zeros_like(low, memory_format=torch.contiguous_format) for low in lows]
         rest = (*adam, 0.0, 1.0, transform, eps_inside, finite)
-        self._kernel.coded_adam_(updates, lows, *coded, [], torch.tensor(-1.0), *rest)
+        self._kernel.coded_adam_(updates, lows, *coded, [], scalar(-1), *rest)
         return updates
 
     def projected_adam_(

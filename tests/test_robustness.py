@@ -674,6 +674,23 @@ def test_the_default_dtype_does_not_matter(cls, dtype):
     assert_same(*ends)
 
 
+@by_method
+def test_the_default_device_does_not_matter(method):
+    """Of a script that says torch.set_default_device("cuda"); meta finds every tensor that would go there."""
+    ends = []
+    for default in ("cpu", "meta"):
+        params = net()
+        opt = build(method, params)
+        for step in range(GAP + 2):
+            set_gradients(params, step)
+            with torch.device(default):
+                opt.clip_grad_norm_(10.0)
+                opt.step()
+                opt.load_state_dict(opt.state_dict())
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
 @by_name
 def test_quantised_weights_may_lie_beside_what_is_trained(cls):
     """Frozen, as under QLoRA; `model.parameters()` holds them all."""
