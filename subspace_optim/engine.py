@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from . import distributed, storage
-from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest, plain
+from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, demand, is_whole, nearest, plain
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
@@ -106,6 +107,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     Raises:
         ValueError: a value is out of range, or an option is misspelt.
+        TypeError: the projector or a rule is none, or a parameter is of a type that cannot be stepped.
 
     Attributes:
         skipped_updates: how many updates of one tensor a gradient that was not finite has cost; a GPU is waited for.
@@ -145,8 +147,14 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.projector = projector
         self.rule = Adam() if rule is None else rule
         self.dense_rule = Adam() if dense_rule is None else dense_rule
+        if not isinstance(projector, Projector | None):
+            raise TypeError(f"{where}: projector={projector!r} must be a projector, such as SVD(rank=128), or None")
+        for key, value in (("rule", self.rule), ("dense_rule", self.dense_rule)):
+            if not isinstance(value, Rule):
+                raise TypeError(f"{where}: {key}={value!r} must be a rule, such as Adam()")
         self.stagger = stagger
-        self.seed = seed
+        self.seed = plain(seed)
+        demand(is_whole(self.seed), where, "seed", seed, "an int")
         self.backend = backend
         self._skips, self._seats = {}, {}
         self.lows: dict[Tensor, list[Tensor]] = {}
@@ -387,8 +395,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: `max_norm` is out of range.
         """
-        if not max_norm > 0:
-            raise ValueError(f"clip_grad_norm_: max_norm={max_norm!r} must be > 0; math.inf only measures")
+        positive = isinstance(max_norm, Real | Tensor) and max_norm > 0
+        demand(bool(positive), "clip_grad_norm_", "max_norm", max_norm, "> 0; math.inf only measures")
         everything = [(index, param) for _, index, _, param in self._positions()]
         self.project_gradients(everything)
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import philox
 from .distributed import WHOLE, Sharding
+from .hyperparameters import are_betas, demand, is_number, is_whole
 from .kernels import reference
 from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scalar
 
@@ -110,6 +111,11 @@ class SVD(Projector):
 
     method: Literal["subspace", "exact"] = "subspace"
     iterations: int = 2
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        demand(self.method in ("subspace", "exact"), where, "method", self.method, "one of subspace, exact")
+        demand(is_whole(self.iterations) and self.iterations >= 1, where, "iterations", self.iterations, "an int ≥ 1")
 
     def refresh_(
         self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
@@ -211,6 +217,10 @@ class RandomProjection(Projector):
     kind: Literal["orthonormal", "gaussian", "rademacher"] = "orthonormal"
 
     needs_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        kinds = ("orthonormal", "gaussian", "rademacher")
+        demand(self.kind in kinds, type(self).__name__, "kind", self.kind, f"one of {', '.join(kinds)}")
 
     @property
     def orthonormal(self) -> bool:
@@ -332,6 +342,15 @@ class OnlinePCA(SVD):
     periodic: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     whole_gradient: ClassVar[str] = "the basis of Online Subspace Descent learns from GᵀGQ at every step"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where, every = type(self).__name__, self.retract_every
+        for key in ("basis_lr", "basis_weight_decay", "orth_lambda"):
+            value = getattr(self, key)
+            demand(is_number(value) and value >= 0, where, key, value, "a finite number ≥ 0")
+        demand(are_betas(self.basis_betas), where, "basis_betas", self.basis_betas, "two numbers in [0, 1)")
+        demand(every is None or (is_whole(every) and every >= 1), where, "retract_every", every, "an int ≥ 1 or None")
 
     @property
     def orthonormal(self) -> bool:

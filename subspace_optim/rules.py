@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .distributed import Axes
+from .hyperparameters import demand, is_number
 from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, peak, scalar
 
 Kernel = Any  # a module with the functions of kernels/reference.py
@@ -195,6 +197,11 @@ class Adafactor(Rule):
     clip_threshold: float = 1.0
     scale_parameter: bool = False
     lr_inside: bool = False
+
+    def __post_init__(self) -> None:
+        where, decay, most = type(self).__name__, self.decay_rate, self.clip_threshold
+        demand(is_number(decay) and 0 < decay <= 1, where, "decay_rate", decay, "a number in (0, 1]")
+        demand(isinstance(most, Real) and most > 0, where, "clip_threshold", most, "a number > 0")
 
     def init(self, plan: Plan) -> State:
         """Row and column means of the squared gradient; the whole square of a vector."""
@@ -444,6 +451,12 @@ class Apollo(Adam):
     scale_type: Literal["channel", "tensor"] = "channel"
     growth: float | None = 1.01
     least_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        where, most, least = type(self).__name__, self.growth, self.least_share
+        demand(self.scale_type in ("channel", "tensor"), where, "scale_type", self.scale_type, "one of channel, tensor")
+        demand(most is None or (isinstance(most, Real) and most > 0), where, "growth", most, "a number > 0 or None")
+        demand(is_number(least) and least >= 0, where, "least_share", least, "a finite number ≥ 0")
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and ‖S‖ of the last step (0: there was none)."""

@@ -108,7 +108,7 @@ class StatefulOptimizer(Optimizer):
         """
         where = f"{type(self).__name__}: group {len(self.param_groups)}"
         if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
+            raise TypeError(f"{where} must be a dict with the key 'params', and is a {type(param_group).__name__}")
         group = canonical(param_group, where)
         self._check_group(group, f"group {len(self.param_groups)}")
         params = group["params"]

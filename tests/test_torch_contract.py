@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import warnings
+from collections import UserList
 
 import numpy
 import pytest
@@ -428,6 +429,34 @@ def test_a_bad_value_names_the_option_the_value_and_the_mend(key, value):
     assert len(opt.param_groups) == 1
 
 
+BAD_PARTS = {
+    "projector='svd' must be a projector, such as": lambda p: so.SubspaceOptimizer(p, "svd"),
+    "must be a projector, such as SVD.rank=128.": lambda p: so.SubspaceOptimizer(p, so.SVD),
+    "rule=<class .*Lion'> must be a rule, such as Adam..": lambda p: so.GaLore(p, rule=so.Lion),
+    "dense_rule='adam' must be a rule": lambda p: so.GaLore(p, dense_rule="adam"),
+    "seed=None must be an int": lambda p: so.GaLore(p, seed=None),
+    "seed=0.5 must be an int": lambda p: so.Flora(p, seed=0.5),
+    "method='exakt' must be one of subspace, exact": lambda p: so.GaLore(p, svd="exakt"),
+    "iterations=0 must be an int ≥ 1": lambda p: so.SubspaceOptimizer(p, so.SVD(iterations=0)),
+    "kind='normal' must be one of orthonormal, gaussian, rademacher": lambda p: so.Flora(p, kind="normal"),
+    "basis_lr=-0.1 must be a finite number ≥ 0": lambda p: so.OnlineSubspaceDescent(p, basis_lr=-0.1),
+    "basis_betas=0.9 must be two numbers": lambda p: so.SubspaceOptimizer(p, so.OnlinePCA(basis_betas=0.9)),
+    "retract_every=0 must be an int ≥ 1 or None": lambda p: so.SubspaceOptimizer(p, so.OnlinePCA(retract_every=0)),
+    "decay_rate=-0.8 must be a number in": lambda p: so.Flora(p, decay_rate=-0.8),
+    "clip_threshold=0 must be a number > 0": lambda p: so.SubspaceOptimizer(p, None, so.Adafactor(clip_threshold=0)),
+    "proj='rnd' must be one of random, svd": lambda p: so.APOLLO(p, proj="rnd"),
+    "scale_type='row' must be one of channel, tensor": lambda p: so.APOLLO(p, scale_type="row"),
+    "growth=0 must be a number > 0 or None": lambda p: so.APOLLO(p, growth=0),
+    "max_norm=None must be > 0": lambda p: so.GaLore(p).clip_grad_norm_(None),
+}
+
+
+@pytest.mark.parametrize("message", BAD_PARTS)
+def test_a_bad_part_names_the_option_the_value_and_the_mend(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        BAD_PARTS[message]([weight()])
+
+
 BAD_PARAMS = {
     "float8": (
         lambda: parameter_of(torch.float8_e4m3fn),
@@ -508,6 +537,13 @@ def test_numpy_numbers_are_numbers():
         file.seek(0)
         opt.load_state_dict(torch.load(file))
         assert type(opt.param_groups[0]["lr"]) is float
+
+
+def test_a_list_of_hydras_is_a_list():
+    """OmegaConf's is a sequence and no list, and the default torch.load would refuse it."""
+    opt = so.GaLore([{"params": [weight()], "betas": UserList([0.5, 0.9])}], betas=UserList([0.8, 0.9]), rank=RANK)
+    assert opt.defaults["betas"] == (0.8, 0.9)
+    assert opt.state_dict()["param_groups"][0]["betas"] == (0.5, 0.9)
 
 
 def test_a_group_of_a_checkpoint_is_checked_as_any_other():
