@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from . import distributed, storage
-from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, demand, is_whole, nearest, plain
+from .hyperparameters import FIXED, HINTS, KEYS, canonical, check, demand, is_whole, nearest, plain
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
@@ -181,7 +181,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         for key, value in canonical(overrides, where).items():
             if key in HINTS:
                 continue
-            if key not in KEYS and key not in ABSENT:
+            if key not in KEYS and key not in FIXED:
                 near = nearest(key, KEYS)
                 raise TypeError(f"{where}: unexpected argument '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             defaults[key] = value

@@ -27,8 +27,9 @@ KEYS = (
 FOREIGN = {"params", "param_names", "names", "dim", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 FOREIGN |= {"lr_scale", "name"}
 HINTS = {"fused", "foreach", "capturable"}  # of speed alone: torch's optimizers take them, the numbers are the same
-ABSENT = {"maximize", "amsgrad", "differentiable"}  # would change the numbers, so only False passes
-FOREIGN |= HINTS | ABSENT
+# What would change the numbers: torch's optimizers have it in their groups, and only this value passes.
+FIXED = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+FOREIGN |= HINTS | FIXED.keys()
 _UNDERSHOOT = -1e-9  # a schedule that ends at 0 may miss it by rounding
 
 
@@ -58,7 +59,7 @@ def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Numbers of numpy's as Python's, Hydra's lists as tuples, as the default `torch.load` takes them; others as they are."""
+    """Numpy's numbers as Python's, Hydra's lists as tuples, as the default `torch.load` wants; others as they are."""
     if isinstance(value, Sequence) and not isinstance(value, str | list):
         return tuple(map(plain, value))
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
@@ -110,8 +111,9 @@ def check(group: Mapping[str, Any], where: str) -> None:
     )
     for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
         need(is_whole(group[key]) and group[key] >= least, key, f"an int ≥ {least}")
-    for key in ABSENT & set(group):
-        need(not group[key], key, "False; this optimizer has no such mode")
+    for key in FIXED.keys() & set(group):
+        coupled = key == "decoupled_weight_decay" and group["weight_decay"] == 0  # of torch's Adam, and without effect
+        need(coupled or bool(group[key]) == FIXED[key], key, f"{FIXED[key]}; this optimizer has no other mode")
     for key in ("state_bits", "basis_bits"):
         need(is_whole(group[key]) and group[key] in BITS, key, "32, 8 or 4")
     words = {"proj_type": PROJ_TYPES, "transform": TRANSFORMS, "moments": MOMENTS, "rounding": ROUNDINGS}

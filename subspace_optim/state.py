@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import distributed, philox, storage
@@ -130,6 +131,8 @@ class StatefulOptimizer(Optimizer):
     def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
         if not isinstance(param, Tensor):
             raise TypeError(f"{where}: {name} is a {type(param).__name__}; give tensors or (name, tensor) pairs")
+        if is_lazy(param):
+            raise ValueError(f"{where}: {name} has no shape yet; run its lazy module once before")
         name = f"{where}: {name} of shape {tuple(param.shape)}"
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(f"{name} is a non-leaf Tensor, the result of a computation; give the parameter itself")
@@ -283,12 +286,14 @@ class StatefulOptimizer(Optimizer):
         Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
-            ValueError: the state is of another optimizer, rank or model, or its parameters, by their names, come in
-                another order, or an option of a group is out of range. Nothing has been changed then.
+            ValueError: the state is of another optimizer, rank or model, or of no parameter; or its parameters, by
+                their names, come in another order; or an option of a group is out of range. Nothing has been changed
+                then.
         """
         states: dict[Tensor, State] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            self._check_keys(incoming)
             for index, group in enumerate(incoming["param_groups"]):
                 self._check_group(group, f"group {index} of the checkpoint")
             matches = list(self._matched(incoming))
@@ -328,6 +333,22 @@ class StatefulOptimizer(Optimizer):
         plan = plan_for(param, group)
         axes = self._axes(plan, group, position)
         return _Match(name_in(self.param_groups[index], i), param, plan, state, self._wanted(plan), axes)
+
+    @staticmethod
+    def _check_keys(state_dict: dict[str, Any]) -> None:
+        """Refuse what is no state dict of an optimizer, and state that would be left out without a word."""
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError(
+                "load_state_dict needs what state_dict() of an optimizer gave, a dict of 'state' and 'param_groups'; "
+                f"this holds {', '.join(map(str, list(state_dict)[:5]))}"
+            )
+        numbers = {number for group in state_dict["param_groups"] for number in group["params"]}
+        left = [key for key in state_dict["state"] if key not in numbers]
+        if left:
+            raise ValueError(
+                f"the checkpoint has state under {left[0]!r}, which is in none of its groups' params; JSON turns the "
+                "numbers into strings: make ints of them again, or remove what belongs to no parameter"
+            )
 
     def _check_order(self, groups: list[dict[str, Any]]) -> None:
         """Refuse parameters whose names tell of another order: state goes by the order alone, as in torch."""

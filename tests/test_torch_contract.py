@@ -352,6 +352,24 @@ def test_aliases(alias):
     assert alias not in opt.param_groups[0]
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
+def test_the_groups_of_torchs_optimizers_are_groups(cls):
+    theirs = cls([weight()], lr=0.5)
+    opt = so.GaLore(theirs.param_groups, rank=RANK)
+    assert opt.param_groups[0]["lr"] == 0.5 and opt.param_groups[0]["rank"] == RANK
+    so.GaLore([weight()], **{key: value for key, value in theirs.defaults.items() if key != "params"}, rank=RANK)
+
+
+def test_weight_decay_as_a_penalty_is_refused():
+    """As torch's Adam has it, unlike its AdamW."""
+    theirs = torch.optim.Adam([weight()], weight_decay=0.1)
+    message = "decoupled_weight_decay=False must be True"
+    with pytest.raises(ValueError, match=message):
+        so.GaLore(theirs.param_groups, rank=RANK)
+    with pytest.raises(ValueError, match=message):
+        so.SubspaceOptimizer([weight()]).load_state_dict(theirs.state_dict())
+
+
 def test_keys_of_frameworks_pass():
     foreign = {
         "fused": None,
@@ -464,6 +482,7 @@ BAD_PARAMS = {
         "is torch.float8_e4m3fn; optimizable are torch.fl",
     ),
     "complex": (lambda: parameter_of(torch.complex64), TypeError, "is torch.complex64; optimizable are torch.float32"),
+    "lazy": (lambda: torch.nn.LazyLinear(4).weight, ValueError, "has no shape yet; run its lazy module once before"),
     "non_leaf": (lambda: weight() * 2, ValueError, "is a non-leaf Tensor.*give the parameter itself"),
     "not_a_tensor": (lambda: "weights", TypeError, "is a str; give tensors"),
     "taken": (lambda: SHARED, ValueError, "of shape .12, 7. is first as well; a tensor may appear once"),
