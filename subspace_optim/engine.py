@@ -660,7 +660,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
     lr = group["lr"]
     return Hyper(
-        lr=lr if isinstance(lr, Tensor) else scalar(lr),
+        lr=lr.reshape(()) if isinstance(lr, Tensor) else scalar(lr),
         betas=tuple(group["betas"]),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

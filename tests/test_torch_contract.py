@@ -167,6 +167,18 @@ def test_every_scheduler_with_float_and_tensor_lr(cls, name):
         torch.testing.assert_close(ends[1]["tall"], noise(list(net()).index("tall"), (12, 7)).float())
 
 
+@by_name
+def test_a_rate_may_be_a_tensor_of_one_element_in_any_shape(cls):
+    ends = []
+    for shape in ((), (1,), (1, 1)):
+        params = net()
+        opt = cls(groups(params), lr=torch.full(shape, 0.05), rank=RANK, backend="reference")
+        train(params, opt, range(2))
+        ends.append(snapshot(params))
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
+
+
 @by_method
 def test_the_lr_of_a_step_is_the_groups_lr(method):
     """Setting the group's lr by hand is what every loop may do; a scheduler does no more."""
