@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +25,8 @@ from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scal
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
+_switching = Lock()
+_inside: list[list[str]] = []  # of `exact_products`: what everyone found who has not left it
 UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
 
 
@@ -273,16 +276,23 @@ class RandomProjection(Projector):
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis."""
+    """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis.
+
+    Threads may be inside at a time: the last one to leave restores what the first one found.
+    """
     places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    allowed = [place.fp32_precision for place in places]
+    with _switching:
+        _inside.append([place.fp32_precision for place in places])
     try:
         for place in places:
             place.fp32_precision = "ieee"
         yield
     finally:
-        for place, precision in zip(places, allowed, strict=True):
-            place.fp32_precision = precision
+        with _switching:
+            allowed = _inside.pop()
+            if not _inside:
+                for place, precision in zip(places, allowed, strict=True):
+                    place.fp32_precision = precision
 
 
 def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:

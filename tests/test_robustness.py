@@ -25,7 +25,7 @@ from training import (
 import subspace_optim as so
 from subspace_optim import engine
 from subspace_optim.engine import GRAD_LIMIT
-from subspace_optim.projectors import UNSET
+from subspace_optim.projectors import UNSET, exact_products
 
 NAN, INF = math.nan, math.inf
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
@@ -240,6 +240,22 @@ def test_a_refresh_multiplies_in_float32_whatever_the_process_allows(monkeypatch
         for place, found in zip(places, as_found, strict=True):
             place.fp32_precision = found
     assert during == [["ieee", "ieee"]]
+
+
+def test_refreshes_of_several_threads_leave_the_precision_as_it_was():
+    """Of two optimizers: one is in a refresh while the other begins or ends one."""
+    place = torch.backends.mkldnn.matmul
+    found, place.fp32_precision = place.fp32_precision, "bf16"
+    try:
+        first, second = exact_products(), exact_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        during = place.fp32_precision
+        second.__exit__(None, None, None)
+        assert (during, place.fp32_precision) == ("ieee", "bf16")
+    finally:
+        place.fp32_precision = found
 
 
 def test_opposite_gradients_span_the_same_subspace():
