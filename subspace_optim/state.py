@@ -454,7 +454,7 @@ def member_states(plan: Plan, state: State) -> list[State]:
 
 def name_in(group: dict[str, Any], i: int) -> str:
     """What errors call the tensor at a position in the group."""
-    if "param_names" in group:
+    if i < len(group.get("param_names", ())):  # a list of parameters may be added to, as lists may
         return str(group["param_names"][i])
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
 

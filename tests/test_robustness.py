@@ -672,6 +672,20 @@ def test_state_that_is_cast_is_the_same_state():
     assert_same(*ends)
 
 
+def test_parameters_may_be_appended_to_a_group():
+    """As to any list; of a group with names they have none."""
+    params = net(names=("tall", "vector"))
+    opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
+    train(params, opt, range(1))
+    late = torch.nn.Parameter(torch.zeros(4))
+    opt.param_groups[0]["params"].append(late)
+    late.grad = torch.ones(4)
+    opt.step()
+    torch.testing.assert_close(late.detach(), torch.full((4,), -0.1))
+    opt.load_state_dict(opt.state_dict())
+    assert "parameter 2 of shape (4,)" in opt.summary()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @by_name
 def test_the_default_dtype_does_not_matter(cls, dtype):
