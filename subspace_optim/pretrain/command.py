@@ -24,6 +24,7 @@ from subspace_optim.pretrain.config import (
     check_numbers,
     flag,
     grow_to_fit,
+    path_of,
     resolve,
 )
 from subspace_optim.pretrain.display import Display, Muted, duration, size, table
@@ -88,7 +89,7 @@ def _pretrain(options: dict[str, Any], ranks: Ranks, began: float) -> int:
 
 def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: float) -> Run:
     """A run that is ready to train, with a folder of its own or from a checkpoint."""
-    out = Path(options.pop("out")).expanduser() if "out" in options else None
+    out = path_of("--out", options.pop("out")) if "out" in options else None
     overwrite = options.pop("overwrite", False)
     if "fit" in options and ranks.size > 1:
         raise UserError(
@@ -101,7 +102,7 @@ def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: fl
         if overwrite:
             raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
         named = options.pop("resume")
-        folder = ranks.decide(lambda: Path(named).expanduser() if named else out or _latest_run())
+        folder = ranks.decide(lambda: path_of("--resume", named) if named else out or _latest_run())
         return _resumed(folder, options, ranks, display, began)
     config, folder = ranks.decide(lambda: _settled(options, out, overwrite, display))
     config = ranks.accept(config)
@@ -178,7 +179,9 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(data: Iterable[str]) -> tuple[str, ...]:
     """Paths that still hold when the run is resumed from another folder."""
-    return tuple(name if name.startswith("hf:") or name == STDLIB else str(Path(name).absolute()) for name in data)
+    return tuple(
+        name if name.startswith("hf:") or name == STDLIB else str(path_of("--data", name).absolute()) for name in data
+    )
 
 
 def program() -> str:
