@@ -27,6 +27,7 @@ from subspace_optim.pretrain import checkpoint, loop
 from subspace_optim.pretrain.command import settle
 from subspace_optim.pretrain.config import Diverged, resolve
 from subspace_optim.pretrain.display import Display
+from subspace_optim.pretrain.files import claim
 from subspace_optim.pretrain.loop import stop_signals
 
 FIVE = ["galore", "flora", "osd", "gradnormlorp", "grams"]
@@ -307,6 +308,20 @@ def test_an_output_folder_is_not_overwritten_by_accident(tmp_path, corpus, capsy
     assert not torch.equal(state_at(run, 2)["model"]["lm_head.weight"], before["model"]["lm_head.weight"])
     (tmp_path / "file").write_text("x")
     refused(capsys, micro(corpus, tmp_path / "file" / "run"), "--out", "cannot be written")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, corpus, capsys, monkeypatch):
+    """Until the first checkpoint nothing else tells that another one has begun in it."""
+    monkeypatch.chdir(tmp_path)
+    with claim(tmp_path / "runs" / "tiny-galore"), claim(tmp_path / "out"):
+        refused(capsys, micro(corpus, tmp_path / "out", "--steps", 1), "--out", "another process is training in it")
+        unnamed = [word for word in micro(corpus, "out", "--steps", 1) if word not in ("--out", "out")]
+        assert main(unnamed) == 0
+        assert (tmp_path / "runs" / "tiny-galore-2" / "report.json").exists()
+    assert main(micro(corpus, tmp_path / "out", "--steps", 1)) == 0
+    with claim(tmp_path / "out"):
+        refused(capsys, ["pretrain", "--resume", "out", "--steps", "2"], "--resume out: another process is training")
+    assert main(["pretrain", "--resume", "out", "--steps", "2", "--plain"]) == 0
 
 
 def test_runs_without_a_name_get_folders_of_their_own_and_resume_finds_the_latest(
