@@ -29,7 +29,7 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, member_states, name_in, plan_for
+from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -288,15 +288,15 @@ class SubspaceOptimizer(StatefulOptimizer):
     def low_plan(self, index: int, param: Tensor) -> Plan | None:
         """The plan by which the gradient of a tensor may be projected ahead of the coming step.
 
-        None where the step needs the whole gradient: the tensor is dense, its basis is due for renewal, or the method
-        reads more than R.
+        None where the step needs the whole gradient: the tensor is dense, its basis is due for renewal, its state has
+        yet to follow it to another device or precision, or the method reads more than R.
 
         Args:
             index: of the tensor's group.
             param: the tensor.
         """
         plan, state = self.plan_of(index, param), self.state.get(param)
-        if plan.side is None or not state or self.whole_gradient:
+        if plan.side is None or not state or self.whole_gradient or not follows(plan, state):
             return None
         if param in self.lows:  # what has begun to accumulate in a basis stays in it, and a renewal waits
             return plan

@@ -202,7 +202,7 @@ class StatefulOptimizer(Optimizer):
                 why = f"{key} of shape {_shape(state.get(key))}, but rank={group['rank']!r} and "
                 why += f"proj_type={group['proj_type']!r} need {shapes.get(key)}"
             raise ValueError(f"{name_in(group, i)} has {why}; keep what the run began with")
-        if state["step"].dtype != plan.state_dtype or state["step"].device != plan.device:
+        if not follows(plan, state):
             state.update(self._adopted(self._match(position, index, i, param, group, state)))
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
@@ -444,6 +444,12 @@ def plan_for(param: Tensor, group: dict[str, Any]) -> Plan:
     except ValueError as error:
         i = next(i for i, own in enumerate(group["params"]) if own is param)
         raise ValueError(f"{name_in(group, i)} {error}") from None
+
+
+def follows(plan: Plan, state: State) -> bool:
+    """Whether a state is where its tensor is, and in its precision: the tensor may have been moved or cast."""
+    step: Tensor = state["step"]
+    return step.dtype == plan.state_dtype and step.device == plan.device
 
 
 def member_states(plan: Plan, state: State) -> list[State]:
