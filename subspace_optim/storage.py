@@ -133,14 +133,14 @@ def _codec(kind: Kind, bits: int, shape: tuple[int, ...], axis: int = -1) -> Cod
 def codecs(plan: Plan) -> dict[str, Codec]:
     """By state key, those tensors of one matrix that are coded, where the state has them."""
     along = -2 if plan.side == "left" else -1
-    found = {
-        "exp_avg": _codec("signed", plan.state_bits, plan.low_shape, along),
+    found = {  # in the order of writing: an interrupt between V and M makes no step larger
         "exp_avg_sq": _codec("unsigned", plan.state_bits, plan.low_shape, along),
+        "exp_avg": _codec("signed", plan.state_bits, plan.low_shape, along),
     }
     for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True):
         found[key] = _codec("linear", plan.basis_bits, shape)
-        found[f"{key}_exp_avg"] = _codec("signed", plan.state_bits, shape)
         found[f"{key}_exp_avg_sq"] = _codec("unsigned", plan.state_bits, shape)
+        found[f"{key}_exp_avg"] = _codec("signed", plan.state_bits, shape)
     return {key: codec for key, codec in found.items() if codec}
 
 

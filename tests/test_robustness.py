@@ -607,6 +607,27 @@ def test_ctrl_c_within_a_step_costs_no_more_than_the_step(cls, started, bits):
     assert interrupted
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_ctrl_c_between_two_moments_makes_no_step_larger(bits):
+    """An M that has seen a gradient which V has not would step by their ratio: here by 600 times lr."""
+
+    def before_a_step():
+        params = net(names=("tall",))
+        opt = so.SubspaceOptimizer(params.values(), lr=0.01, state_bits=bits, backend="reference")
+        params["tall"].grad = torch.ones(12, 7)
+        return params["tall"], opt
+
+    whole = Interrupt(0)
+    assert whole.during(before_a_step()[1].step)
+    for at in range(1, whole.lines, 1 if bits == 32 else 5):  # to code a moment takes many lines
+        param, opt = before_a_step()
+        Interrupt(at).during(opt.step)
+        before = param.detach().clone()
+        param.grad = torch.full((12, 7), 1e-3)
+        opt.step()
+        assert (param.detach() - before).abs().max() < 2 * 0.01, f"line {at}"
+
+
 def test_ctrl_c_within_a_load_leaves_state_that_can_be_stepped():
     """Torch's own load casts moments to the dtype of the parameters; nobody may ever meet those."""
 
