@@ -29,7 +29,7 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, plan_for
+from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, not_dense, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -394,6 +394,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         Raises:
             ValueError: `max_norm` is out of range.
+            TypeError: a gradient is sparse.
         """
         positive = isinstance(max_norm, Real | Tensor) and max_norm > 0
         demand(bool(positive), "clip_grad_norm_", "max_norm", max_norm, "> 0; math.inf only measures")
@@ -404,6 +405,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         for index, param in everything:  # in an order that all ranks share
             if param.grad is None and param not in self.lows:
                 continue
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise not_dense(self.name_of(param), param.grad)
             plan = self.plan_of(index, param)
             held = self.lows[param] if param in self.lows else [distributed.settled_grad(param)]
             for grad in held:
@@ -460,7 +463,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                     "or a backward has run since; zero_grad() clears both"
                 )
             if grad is not None and grad.layout != torch.strided:
-                raise TypeError(f"{name_in(group, i)} has a {grad.layout} gradient; use a dense one (sparse=False)")
+                raise not_dense(name_in(group, i), grad)
             if param.dtype not in DTYPES:
                 raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
             seat = self._seat(position, param, group, options[index])

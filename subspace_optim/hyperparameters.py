@@ -110,7 +110,7 @@ def check(group: Mapping[str, Any], where: str) -> None:
         "an int ≥ 1, a float in (0, 1) as a fraction of the smaller dimension, or None for dense AdamW",
     )
     for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
-        need(is_whole(group[key]) and group[key] >= least, key, f"an int ≥ {least}")
+        need(is_whole(group[key]) and least <= group[key] < 2**63, key, f"an int ≥ {least}, below 2**63")
     for key in FIXED.keys() & set(group):
         coupled = key == "decoupled_weight_decay" and group["weight_decay"] == 0  # of torch's Adam, and without effect
         need(coupled or bool(group[key]) == FIXED[key], key, f"{FIXED[key]}; this optimizer has no other mode")

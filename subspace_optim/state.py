@@ -465,6 +465,11 @@ def name_in(group: dict[str, Any], i: int) -> str:
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
 
 
+def not_dense(name: str, grad: Tensor) -> TypeError:
+    """What is raised for a sparse gradient."""
+    return TypeError(f"{name} has a {grad.layout} gradient; use a dense one (sparse=False)")
+
+
 @lru_cache(maxsize=4096)
 def _layout(plan: Plan, rule: Rule, projector: Projector | None) -> _Layout:
     """Of the state of a whole parameter."""

@@ -436,7 +436,7 @@ BAD_VALUES = {
     "eps": [-1e-8, float("nan"), "tiny"],
     "weight_decay": [-0.1, float("inf"), "none"],
     "rank": [0, -1, 1.5, 0.0, float("nan"), "16", True],
-    "update_proj_gap": [0, -5, 2.5, "10"],
+    "update_proj_gap": [0, -5, 2.5, "10", 2**63],
     "scale": [0.0, -1.0, float("nan")],
     "proj_type": ["both", "", None],
     "transform": ["gram", None],
@@ -516,6 +516,13 @@ def test_a_bad_parameter_is_named(name):
     if name != "taken":
         with pytest.raises(error, match=f"group 0: parameter 1 .*{message}"):
             so.GaLore([weight(), make()], rank=RANK)
+
+
+def test_a_sparse_gradient_is_named_where_it_is_clipped():
+    opt = so.GaLore([("w", weight())], rank=RANK)
+    opt.param_groups[0]["params"][0].grad = torch.zeros(12, 7).to_sparse()
+    with pytest.raises(TypeError, match=r"w has a torch.sparse_coo gradient; use a dense one \(sparse=False\)"):
+        opt.clip_grad_norm_(1.0)
 
 
 def test_a_bad_group_is_refused():
