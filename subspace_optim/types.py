@@ -203,7 +203,8 @@ def stack_states(states: list[State]) -> State:
     """The states of the matrices of one tensor as one state, with a leading dimension; ints become int64 tensors."""
     first = states[0]
     columns = {key: [state[key] for state in states] for key in first}
-    return {key: torch.stack(c) if isinstance(first[key], Tensor) else torch.tensor(c) for key, c in columns.items()}
+    ints = partial(torch.tensor, device="cpu")
+    return {key: torch.stack(c) if isinstance(first[key], Tensor) else ints(c) for key, c in columns.items()}
 
 
 def state_axes(plan: Plan, init: Callable[[Plan], State]) -> dict[str, tuple[Axes, tuple[int, ...]]]:
@@ -243,6 +244,11 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
     """The change of basis c = Q_oldᵀ Q_new, per basis."""
     axes = (0 if side == "left" else 1 for side in plan.sides)
     return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
+
+
+def scalar(value: float) -> Tensor:
+    """A number as kernels take it: on the host, whatever the default device is."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def peak(x: Tensor, dtype: torch.dtype) -> Tensor:
