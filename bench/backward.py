@@ -6,7 +6,6 @@ Forward, backward, clipping, step, zero_grad of a real LLaMA; time and peak byte
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -22,7 +21,7 @@ import subspace_optim as so
 from subspace_optim.pretrain.machine import peak_bytes
 
 from .arms import BASELINE, MODELS, NEVER
-from .measures import machine, timed
+from .measures import RESULTS, machine, timed, written
 
 PATHS = {  # proj_type, and how project_in_backward is called
     "galore": ("std", None),
@@ -78,7 +77,7 @@ def main():
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time; more measure the wall clock")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -114,11 +113,7 @@ def main():
     for arm, row in rows.items():
         cells = f"{row['step_ms']:10.0f} ms{row['ratio']:8.3f} × AdamW{row['peak_bytes'] / 2**20:10.1f} MiB"
         print(f"{arm:24}{cells} peak of a step")
-    about = record["machine"]
-    name = f"{about['time'][:10]}-{about['commit']}-{platform.machine()}-{options.model}-{options.dtype}-backward.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / name).write_text(json.dumps(record, indent=1) + "\n")
-    print(options.out / name)
+    written(options.out, record, platform.machine(), options.model, options.dtype, "backward")
     return 1 if failed else 0
 
 

@@ -6,12 +6,9 @@ the reference holds.
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
@@ -20,7 +17,7 @@ from subspace_optim.kernels import reference, select
 
 from . import limits
 from .arms import LR, MODELS, NEVER, built, peers
-from .measures import machine
+from .measures import RESULTS, machine, written
 
 GPU = torch.device("cuda")
 RANKS = {"60m": (128, 256), "1b": (256, 512, 1024)}
@@ -202,18 +199,13 @@ def main(arguments=None):
             ratios = "".join(f"{row[key]:8.2f}" for key in ("to_fused", "to_dense_fp32", "to_limit"))
             print(f"{row['size']:5}{row['arm']:44}{row['ms']:9.3f}{ratios}{row['launches']:9}")
     gpu = torch.cuda.get_device_name()
-    about = machine() | {"gpu": gpu}
     record = {
-        "machine": about,
+        "machine": machine() | {"gpu": gpu},
         "limit": able._asdict(),
         "parity": {what: error for errors, _ in checked.values() for what, error in errors.items()},
         "rows": rows,
     }
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{about['time'][:10]}-{about['commit']}-{gpu.replace(' ', '-')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    written(RESULTS, record, gpu)
     if len(backends) < len(checked):
         sys.exit(1)
 

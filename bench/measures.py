@@ -1,5 +1,6 @@
 """What is measured, and what of the machine goes into a record."""
 
+import json
 import os
 import platform
 import shutil
@@ -123,7 +124,23 @@ def reached(able, median):
     return Machine(best("bytes"), best("flops")), rates
 
 
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+
+
+def written(folder, record, *names):
+    """Write a record, named by day, commit and these names, and say where."""
+    about = record["machine"]
+    folder.mkdir(parents=True, exist_ok=True)
+    words = (about["time"][:10], about["commit"], *names)
+    path = folder / ("-".join(words).replace(" ", "-") + ".json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(path)
+    return path
+
+
 def machine():
+    """What a record says of where it comes from; $COMMIT names the commit of a tree that was copied without git."""
+
     def git(*command):
         if shutil.which("git") is None:
             return ""
@@ -135,9 +152,11 @@ def machine():
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         "",
     )
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..").strip()
     return {
-        "commit": git("rev-parse", "--short", "HEAD").strip() or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "..").strip()),
+        "commit": commit or os.environ.get("COMMIT") or "unknown",
+        "dirty": bool(changed) if commit else None,  # None: nobody knows
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu or platform.processor(),
         "cores": os.cpu_count(),

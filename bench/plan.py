@@ -1,4 +1,6 @@
-"""The planned peak of a training step beside the measured one; exits with 1 where they part by more than 5 %.
+"""The planned peak of a training step beside the measured one.
+
+Exits with 1 where they part by more than 5 %, or a loss is not finite.
 
     python -m bench.plan [--device cpu] [--sizes 60m 130m] [--batch 1] [--seq 64]
     python -m bench.plan --device cuda --sizes 7b --fit 24GB     under a hard cap of the allocator, 20 steps
@@ -7,8 +9,10 @@ On a CPU the peak is that of torch's allocator events, on a GPU `max_memory_allo
 """
 
 import argparse
-import json
+import math
+import platform
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -19,12 +23,14 @@ from subspace_optim.planner import bytes_of, causal_loss, enable_checkpointing
 from subspace_optim.pretrain.machine import peak_bytes, storage_bytes
 from subspace_optim.sizes import SIZES, llama_options
 
+from .measures import RESULTS, machine, written
+
 BOUND = 0.05
 CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
 
 
 def measured(size, settings, steps):
-    """Bytes of tensors at the peak of `steps` steps as the settings of a plan have them."""
+    """Bytes of tensors at the peak of `steps` steps as the settings of a plan have them, with their losses and time."""
     device = torch.device(settings["device"])
     torch.set_default_dtype(getattr(torch, settings["dtype"]))
     with device:
@@ -37,19 +43,26 @@ def measured(size, settings, steps):
         so.project_in_backward(model, optimizer, linear=settings["layerwise"] == "linear", early=True)
     optimizer.allocate_state()
 
+    losses = []
+
     def work():
         with device:
             for _ in range(steps):
                 for _ in range(settings["accumulation"]):
-                    causal_loss(model, settings["batch"], settings["seq"]).backward()
+                    loss = causal_loss(model, settings["batch"], settings["seq"])
+                    loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+                losses.append(loss.item())
 
+    begin = time.monotonic()
     if device.type == "cpu":
-        return storage_bytes((*model.parameters(), *model.buffers())) + optimizer.state_bytes() + peak_bytes(work)
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    return torch.cuda.max_memory_allocated()
+        peak = storage_bytes((*model.parameters(), *model.buffers())) + optimizer.state_bytes() + peak_bytes(work)
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        peak = torch.cuda.max_memory_allocated()
+    return {"measured": peak, "seconds": time.monotonic() - begin, "losses": losses}
 
 
 def main():
@@ -61,7 +74,7 @@ def main():
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--fit", help="take what the planner chooses for this size, and cap the allocator there")
-    parser.add_argument("--out", type=Path, help="write JSON there")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
 
     rows = {}
@@ -76,14 +89,17 @@ def main():
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction((bytes_of(options.fit) - CONTEXT) / total)
         found = measured(size, plan.settings, options.steps)
-        error = plan.allocated / found - 1
-        rows[size] = {"plan": plan.to_dict(), "measured": found, "error": error}
-        print(
-            f"{size}: planned {plan.allocated / 2**20:.1f} MiB, measured {found / 2**20:.1f} MiB, {100 * error:+.1f} %"
-        )
-    if options.out is not None:
-        options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
-    return int(any(abs(row["error"]) > BOUND for row in rows.values()))
+        peak = found["measured"]
+        error = plan.allocated / peak - 1
+        rows[size] = {"plan": plan.to_dict(), "error": error} | found
+        planned = f"planned {plan.allocated / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB, {100 * error:+.1f} %"
+        took, loss = found["seconds"], found["losses"][-1]
+        print(f"{size}: {planned}; {options.steps} steps in {took:.1f} s, loss {loss:.3f}")
+    about, name = machine(), platform.machine()
+    if options.device == "cuda":
+        name = about["gpu"] = torch.cuda.get_device_name()
+    written(options.out, {"machine": about, "rows": rows}, name, "plan", *options.sizes, *filter(None, [options.fit]))
+    return int(any(abs(row["error"]) > BOUND or not math.isfinite(sum(row["losses"])) for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ README.md beside this file says how it measures.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -20,7 +19,7 @@ from subspace_optim.pretrain.machine import peak_bytes
 
 from . import limits
 from .arms import BASELINE, MODELS, arms, built, ours, refresh
-from .measures import Ceiling, ceilings, machine, medians, op_calls, reached, state_bytes, timed
+from .measures import RESULTS, Ceiling, ceilings, machine, medians, op_calls, reached, state_bytes, timed, written
 
 GAPS = (200, 20)  # steps between refreshes: the papers', and what `pretrain` takes at its small sizes
 
@@ -170,7 +169,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time; more measure the wall clock")
     parser.add_argument("--gap", type=int, default=200, help="steps of the p50/p99 run of galore; 0 leaves it out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
@@ -188,12 +187,7 @@ def main(arguments=None):
     record = {"options": said, "machine": machine(), "parity_failed": failed}
     record |= measure(chosen, errors, options)
     report(record)
-    about = record["machine"]
-    name = f"{about['time'][:10]}-{about['commit']}-{platform.machine()}-{options.model}-{options.dtype}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / name
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
+    path = written(options.out, record, platform.machine(), options.model, options.dtype)
     if find_spec("matplotlib") is None:
         print("no figure: matplotlib is not installed (pip install 'subspace-optim[cli]')")
     else:

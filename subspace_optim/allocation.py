@@ -185,7 +185,7 @@ def coding_error(kind: storage.Kind, bits: int) -> float:
     x = x.square() if kind == "unsigned" else x
     codec = storage.Codec(kind, bits, -1, BLOCK)
     codes, scales = codec.shapes(x.shape)
-    kept = torch.zeros(codes, dtype=torch.uint8), torch.zeros(scales)
+    kept = torch.zeros(codes, dtype=torch.uint8, device=x.device), torch.zeros(scales, device=x.device)
     codec.encode_(x, *kept)
     return float((codec.decode(*kept, x.dtype) - x).square().sum() / x.square().sum())
 
@@ -203,7 +203,7 @@ def energy_lost(spectrum: Tensor | None, dimension: int) -> list[float]:
         dimension: the smaller one.
     """
     if spectrum is None:
-        energy = torch.arange(1, dimension + 1, dtype=torch.float64) ** -DECAY
+        energy = torch.arange(1, dimension + 1, dtype=torch.float64, device="cpu") ** -DECAY
     else:
         energy = spectrum.double().sort(descending=True).values.square()
     inside = torch.cat((energy.new_zeros(1), energy.cumsum(0))) / energy.sum().clamp(min=1e-300)

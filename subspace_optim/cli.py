@@ -11,15 +11,15 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from subspace_optim.pretrain.config import LAYERWISE, PARALLEL, Failure, UserError
-from subspace_optim.pretrain.display import complain, table, write
+from subspace_optim.pretrain.display import begin_output, complain, end_output, table, write
 from subspace_optim.sizes import SIZES
 from subspace_optim.types import BITS, ROUNDINGS
 
 _EXTRA = ("numpy", "transformers", "tokenizers", "rich", "matplotlib")
 EXIT_CODES = (
-    "exit codes: 0 done; 1 training broke down; 2 a mistake in the options or a full disk; 130 or 143 stopped by "
+    "exit codes: 0 done; 1 training broke down; 2 a mistake in the options or a full disk; 129, 130 or 143 stopped by "
 )
-EXIT_CODES += "Ctrl-C or SIGTERM, with all work saved"
+EXIT_CODES += "a terminal that closed, Ctrl-C or SIGTERM, with all work saved"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -330,6 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    begin_output()
     try:
         given = vars(_parser().parse_args(arguments))
         del given["command"]
@@ -344,6 +345,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain("error", "interrupted before there was anything to save")
         return 130
     except BrokenPipeError:
-        # Whoever read our output is gone; what is still buffered must not raise again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        end_output()

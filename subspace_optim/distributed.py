@@ -226,9 +226,9 @@ class Sharding:
 
     def elements(self) -> Tensor:
         """The numbers of all elements of a whole matrix that this rank holds."""
-        numbers = torch.zeros((), dtype=torch.int64)
+        numbers = torch.zeros((), dtype=torch.int64, device="cpu")
         for axis, size in enumerate(self.matrix):
-            numbers = numbers.unsqueeze(-1) * size + self.own(torch.arange(size), (axis,)).cpu()
+            numbers = numbers.unsqueeze(-1) * size + self.own(torch.arange(size, device="cpu"), (axis,)).cpu()
         return numbers.flatten()
 
     # Reductions. Arguments may be overwritten.
@@ -313,7 +313,7 @@ class Sharding:
     @cached_property
     def members(self) -> list[int]:
         """Which matrices of the stack are here."""
-        return self.own(torch.arange(self.stack or 0), (STACK,)).tolist()
+        return self.own(torch.arange(self.stack or 0, device="cpu"), (STACK,)).tolist()
 
     def once(self, like: Tensor, function: Callable[[], Tensor]) -> Tensor:
         """What a factorisation gives on the first rank, on every rank.
@@ -360,7 +360,7 @@ WHOLE = Sharding()
 @lru_cache(maxsize=4096)
 def _runs(sharding: Sharding, shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, int], ...]:
     whole = sharding._whole(shape, axes)
-    numbers = sharding.own(torch.arange(math.prod(whole)).view(whole), axes).flatten().cpu()
+    numbers = sharding.own(torch.arange(math.prod(whole), device="cpu").view(whole), axes).flatten().cpu()
     ends = (numbers.diff() != 1).nonzero().flatten() + 1
     return tuple((int(run[0]), len(run)) for run in numbers.tensor_split(ends) if len(run))
 
@@ -549,7 +549,7 @@ class Sharded:
             )
             return
         updates = [torch.zeros_like(grad, dtype=step.dtype) for grad, step in zip(grads, steps, strict=True)]
-        minus_one = torch.tensor(-1.0)
+        minus_one = torch.tensor(-1.0, device="cpu")
         self._kernel.coded_adam_(updates, grads, *coded, [], minus_one, *adam, 0.0, 1.0, "none", eps_inside, finite)
         self.transform_(updates, grads, transform)
         self.apply_(params, updates, [], steps, seeds, lr, weight_decay, scale, None, finite=finite)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, overload
 
 import torch
@@ -23,13 +24,13 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from . import distributed, storage
-from .hyperparameters import ABSENT, HINTS, KEYS, canonical, check, nearest, plain
+from .hyperparameters import FIXED, HINTS, KEYS, canonical, check, demand, is_whole, nearest, plain
 from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, member_states, name_in, plan_for
-from .types import Bases, Bucket, Hyper, Plan, State
+from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, not_dense, plan_for
+from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
 REFRESH_ELEMENTS = 2**24  # tensors of a bucket are refreshed together up to this size, which bounds the workspace
@@ -61,7 +62,7 @@ class _Entry:
             if not isinstance(column, Tensor):
                 self.state[key] = self.members[0][key]
             elif column.dtype == torch.int64:
-                distributed.local(column).copy_(torch.tensor([member[key] for member in self.members]))
+                distributed.local(column).copy_(torch.tensor([member[key] for member in self.members], device="cpu"))
         if self.matrices and self.matrices[0].data_ptr() != self.param.data_ptr():
             self.param.copy_(torch.stack(self.matrices).view(self.param.shape))
 
@@ -106,6 +107,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     Raises:
         ValueError: a value is out of range, or an option is misspelt.
+        TypeError: the projector or a rule is none, or a parameter is of a type that cannot be stepped.
 
     Attributes:
         skipped_updates: how many updates of one tensor a gradient that was not finite has cost; a GPU is waited for.
@@ -145,8 +147,14 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.projector = projector
         self.rule = Adam() if rule is None else rule
         self.dense_rule = Adam() if dense_rule is None else dense_rule
+        if not isinstance(projector, Projector | None):
+            raise TypeError(f"{where}: projector={projector!r} must be a projector, such as SVD(rank=128), or None")
+        for key, value in (("rule", self.rule), ("dense_rule", self.dense_rule)):
+            if not isinstance(value, Rule):
+                raise TypeError(f"{where}: {key}={value!r} must be a rule, such as Adam()")
         self.stagger = stagger
-        self.seed = seed
+        self.seed = plain(seed)
+        demand(is_whole(self.seed), where, "seed", seed, "an int")
         self.backend = backend
         self._skips, self._seats = {}, {}
         self.lows: dict[Tensor, list[Tensor]] = {}
@@ -173,7 +181,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         for key, value in canonical(overrides, where).items():
             if key in HINTS:
                 continue
-            if key not in KEYS and key not in ABSENT:
+            if key not in KEYS and key not in FIXED:
                 near = nearest(key, KEYS)
                 raise TypeError(f"{where}: unexpected argument '{key}'" + (f"; did you mean '{near}'?" if near else ""))
             defaults[key] = value
@@ -280,15 +288,15 @@ class SubspaceOptimizer(StatefulOptimizer):
     def low_plan(self, index: int, param: Tensor) -> Plan | None:
         """The plan by which the gradient of a tensor may be projected ahead of the coming step.
 
-        None where the step needs the whole gradient: the tensor is dense, its basis is due for renewal, or the method
-        reads more than R.
+        None where the step needs the whole gradient: the tensor is dense, its basis is due for renewal, its state has
+        yet to follow it to another device or precision, or the method reads more than R.
 
         Args:
             index: of the tensor's group.
             param: the tensor.
         """
         plan, state = self.plan_of(index, param), self.state.get(param)
-        if plan.side is None or not state or self.whole_gradient:
+        if plan.side is None or not state or self.whole_gradient or not follows(plan, state):
             return None
         if param in self.lows:  # what has begun to accumulate in a basis stays in it, and a renewal waits
             return plan
@@ -386,9 +394,10 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         Raises:
             ValueError: `max_norm` is out of range.
+            TypeError: a gradient is sparse.
         """
-        if not max_norm > 0:
-            raise ValueError(f"clip_grad_norm_: max_norm={max_norm!r} must be > 0; math.inf only measures")
+        positive = isinstance(max_norm, Real | Tensor) and max_norm > 0
+        demand(bool(positive), "clip_grad_norm_", "max_norm", max_norm, "> 0; math.inf only measures")
         everything = [(index, param) for _, index, _, param in self._positions()]
         self.project_gradients(everything)
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
@@ -396,6 +405,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         for index, param in everything:  # in an order that all ranks share
             if param.grad is None and param not in self.lows:
                 continue
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise not_dense(self.name_of(param), param.grad)
             plan = self.plan_of(index, param)
             held = self.lows[param] if param in self.lows else [distributed.settled_grad(param)]
             for grad in held:
@@ -412,7 +423,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             if here
         ]
         norms += [square.sqrt().view(1) for square in distributed.together(dist.ReduceOp.SUM, squares)]
-        joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1)
+        joint = torch.cat([n.double().to(device) for n in norms]) if norms else torch.zeros(1, device=device)
         self.last_grad_norm = norm = torch.linalg.vector_norm(joint)
         usable = torch.linalg.vector_norm(torch.where(joint.isfinite(), joint, 0))
         if max_norm != math.inf:
@@ -452,7 +463,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                     "or a backward has run since; zero_grad() clears both"
                 )
             if grad is not None and grad.layout != torch.strided:
-                raise TypeError(f"{name_in(group, i)} has a {grad.layout} gradient; use a dense one (sparse=False)")
+                raise not_dense(name_in(group, i), grad)
             if param.dtype not in DTYPES:
                 raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
             seat = self._seat(position, param, group, options[index])
@@ -653,7 +664,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
     lr = group["lr"]
     return Hyper(
-        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        lr=lr.reshape(()) if isinstance(lr, Tensor) else scalar(lr),
         betas=tuple(group["betas"]),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

@@ -51,7 +51,7 @@ def param_groups(
         raise TypeError(f"param_groups needs a torch.nn.Module to read layer names from, not {type(model).__name__}")
     owners = _owners(model)
     matrices = {name: p for name, (_, _, p) in owners.items() if p.ndim >= 2 and not name.endswith("bias")}
-    targets, excludes = patterns(target), patterns(exclude)
+    targets, excludes = patterns(target, "target"), patterns(exclude, "exclude")
     if targets is None or targets == ["all-linear"]:
         chosen = _linear(model, owners) | _experts(owners)
     else:
@@ -127,9 +127,18 @@ def _experts(owners: dict[str, tuple[str, nn.Module, Tensor]]) -> set[str]:
     }
 
 
-def patterns(given: str | Iterable[str] | None) -> list[str] | None:
-    """One name or several, as a list; None where nothing is named."""
-    return [given] if isinstance(given, str) else None if given is None else list(given)
+def patterns(given: str | Iterable[str] | None, option: str) -> list[str] | None:
+    """One name or several, as a list; None where nothing is named.
+
+    Raises:
+        TypeError: they are no strings.
+    """
+    if given is None:
+        return None
+    found = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{option}={given!r} must be part of a name, or a regular expression, as a string, or several")
+    return found
 
 
 def matching(wanted: list[str], names: Iterable[str], option: str) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -27,8 +27,9 @@ KEYS = (
 FOREIGN = {"params", "param_names", "names", "dim", "initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 FOREIGN |= {"lr_scale", "name"}
 HINTS = {"fused", "foreach", "capturable"}  # of speed alone: torch's optimizers take them, the numbers are the same
-ABSENT = {"maximize", "amsgrad", "differentiable"}  # would change the numbers, so only False passes
-FOREIGN |= HINTS | ABSENT
+# What would change the numbers: torch's optimizers have it in their groups, and only this value passes.
+FIXED = {"maximize": False, "amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
+FOREIGN |= HINTS | FIXED.keys()
 _UNDERSHOOT = -1e-9  # a schedule that ends at 0 may miss it by rounding
 
 
@@ -58,10 +59,20 @@ def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A number of numpy's as one of Python's, which the default `torch.load` takes; anything else as it is."""
-    if isinstance(value, tuple):
+    """Numpy's numbers as Python's, Hydra's lists as tuples, as the default `torch.load` wants; others as they are."""
+    if isinstance(value, Sequence) and not isinstance(value, str | list):
         return tuple(map(plain, value))
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+
+
+def demand(ok: bool, where: str, key: str, value: object, wanted: str) -> None:
+    """Refuse an option that is out of range.
+
+    Raises:
+        ValueError: names the option, the value and what would do.
+    """
+    if not ok:
+        raise ValueError(f"{where}: {key}={value!r} must be {wanted}")
 
 
 def nearest(word: str, known: tuple[str, ...]) -> str | None:
@@ -81,40 +92,45 @@ def check(group: Mapping[str, Any], where: str) -> None:
     """
 
     def need(ok: bool, key: str, wanted: str) -> None:
-        if not ok:
-            raise ValueError(f"{where}: {key}={group[key]!r} must be {wanted}")
+        demand(ok, where, key, group[key], wanted)
 
     lr, rank = group["lr"], group["rank"]
     if isinstance(lr, Tensor):
         need(lr.numel() == 1, "lr", "a float or a tensor of one element")
         lr = float(lr) if lr.device.type == "cpu" else 0.0  # a GPU is not waited for
-    need(_number(lr) and lr >= _UNDERSHOOT, "lr", "a finite number ≥ 0")
-    betas = group["betas"]
-    need(isinstance(betas, tuple | list) and len(betas) == 2, "betas", "two numbers in [0, 1)")
-    need(all(_number(b) and 0 <= b < 1 for b in betas), "betas", "two numbers in [0, 1)")
+    need(is_number(lr) and lr >= _UNDERSHOOT, "lr", "a finite number ≥ 0")
+    need(are_betas(group["betas"]), "betas", "two numbers in [0, 1)")
     for key in ("eps", "weight_decay"):
-        need(_number(group[key]) and group[key] >= 0, key, "a finite number ≥ 0")
-    need(_number(group["scale"]) and group["scale"] > 0, "scale", "a finite number > 0")
-    whole = _whole(rank) and rank >= 1
+        need(is_number(group[key]) and group[key] >= 0, key, "a finite number ≥ 0")
+    need(is_number(group["scale"]) and group["scale"] > 0, "scale", "a finite number > 0")
+    whole = is_whole(rank) and rank >= 1
     need(
         rank is None or whole or (isinstance(rank, float) and 0 < rank < 1),
         "rank",
         "an int ≥ 1, a float in (0, 1) as a fraction of the smaller dimension, or None for dense AdamW",
     )
     for key, least in (("update_proj_gap", 1), ("batch_dims", 0)):
-        need(_whole(group[key]) and group[key] >= least, key, f"an int ≥ {least}")
-    for key in ABSENT & set(group):
-        need(not group[key], key, "False; this optimizer has no such mode")
+        need(is_whole(group[key]) and least <= group[key] < 2**63, key, f"an int ≥ {least}, below 2**63")
+    for key in FIXED.keys() & set(group):
+        coupled = key == "decoupled_weight_decay" and group["weight_decay"] == 0  # of torch's Adam, and without effect
+        need(coupled or bool(group[key]) == FIXED[key], key, f"{FIXED[key]}; this optimizer has no other mode")
     for key in ("state_bits", "basis_bits"):
-        need(_whole(group[key]) and group[key] in BITS, key, "32, 8 or 4")
+        need(is_whole(group[key]) and group[key] in BITS, key, "32, 8 or 4")
     words = {"proj_type": PROJ_TYPES, "transform": TRANSFORMS, "moments": MOMENTS, "rounding": ROUNDINGS}
     for key, values in words.items():
         need(group[key] in values, key, f"one of {', '.join(values)}")
 
 
-def _number(value: Any) -> bool:
+def are_betas(value: object) -> bool:
+    """Whether it is two decay rates."""
+    return isinstance(value, tuple | list) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is an integer."""
     return isinstance(value, Integral) and not isinstance(value, bool)

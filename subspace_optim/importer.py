@@ -213,7 +213,7 @@ def _fill_(plan: Plan, state: State, given: _Moments, projector: Projector | Non
             age = offset
         own = bases or projector.bases(plan, [state])[0]
         first, second = carried(first, own, plan.side), carried(second, tuple(q.square() for q in own), plan.side)
-    values = {"step": torch.tensor(given.step), "exp_avg": first, "exp_avg_sq": second}
+    values = {"step": torch.tensor(given.step, device="cpu"), "exp_avg": first, "exp_avg_sq": second}
     values |= dict(zip(plan.basis_keys, bases, strict=True)) if bases else {}
     coded = storage.codecs(plan)
     for key, value in values.items():

@@ -25,6 +25,7 @@ from torch.nn.functional import linear as dense_linear
 
 from .distributed import CONTRACTED, check_replicas, is_cut_once, is_sharded, linear_over_shards, settled_grad
 from .engine import SubspaceOptimizer
+from .state import not_dense
 from .types import Plan, Side
 
 _MESSAGE_BYTES = 2**25  # from about this size on, a larger message is no faster
@@ -219,7 +220,7 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
         elif whole and param.grad is None:
             param.grad = torch.zeros_like(param)
         if param.grad is not None and param.grad.layout != torch.strided:
-            raise TypeError(f"{opt.name_of(param)} has a {param.grad.layout} gradient; use a dense one (sparse=False)")
+            raise not_dense(opt.name_of(param), param.grad)
         for tensor in opt.lows.get(param, ()) if ahead else [settled_grad(param)] * bool(whole):
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for tensors in alike.values():

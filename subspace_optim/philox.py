@@ -93,7 +93,7 @@ def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 on a device, which is not waited for: the numbers travel in launches, there is no host buffer to keep."""
     if device.type == "cpu":
-        return torch.tensor(values)
+        return torch.tensor(values, device=device)
     out = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(list(out.unbind()), list(values))
     return out

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from . import philox
 from .distributed import WHOLE, Sharding
+from .hyperparameters import are_betas, demand, is_number, is_whole
 from .kernels import reference
-from .types import Bases, Change, Plan, Side, State, change_of_basis, peak
+from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scalar
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
+_switching = Lock()
+_inside: list[list[str]] = []  # of `exact_products`: what everyone found who has not left it
 UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
 
 
@@ -110,6 +114,11 @@ class SVD(Projector):
 
     method: Literal["subspace", "exact"] = "subspace"
     iterations: int = 2
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        demand(self.method in ("subspace", "exact"), where, "method", self.method, "one of subspace, exact")
+        demand(is_whole(self.iterations) and self.iterations >= 1, where, "iterations", self.iterations, "an int ≥ 1")
 
     def refresh_(
         self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
@@ -212,6 +221,10 @@ class RandomProjection(Projector):
 
     needs_gradient: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        kinds = ("orthonormal", "gaussian", "rademacher")
+        demand(self.kind in kinds, type(self).__name__, "kind", self.kind, f"one of {', '.join(kinds)}")
+
     @property
     def orthonormal(self) -> bool:
         """Not of Gaussian or Rademacher entries."""
@@ -263,16 +276,23 @@ class RandomProjection(Projector):
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis."""
+    """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis.
+
+    Threads may be inside at a time: the last one to leave restores what the first one found.
+    """
     places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    allowed = [place.fp32_precision for place in places]
+    with _switching:
+        _inside.append([place.fp32_precision for place in places])
     try:
         for place in places:
             place.fp32_precision = "ieee"
         yield
     finally:
-        for place, precision in zip(places, allowed, strict=True):
-            place.fp32_precision = precision
+        with _switching:
+            allowed = _inside.pop()
+            if not _inside:
+                for place, precision in zip(places, allowed, strict=True):
+                    place.fp32_precision = precision
 
 
 def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
@@ -333,6 +353,15 @@ class OnlinePCA(SVD):
     learns: ClassVar[bool] = True
     whole_gradient: ClassVar[str] = "the basis of Online Subspace Descent learns from GᵀGQ at every step"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        where, every = type(self).__name__, self.retract_every
+        for key in ("basis_lr", "basis_weight_decay", "orth_lambda"):
+            value = getattr(self, key)
+            demand(is_number(value) and value >= 0, where, key, value, "a finite number ≥ 0")
+        demand(are_betas(self.basis_betas), where, "basis_betas", self.basis_betas, "two numbers in [0, 1)")
+        demand(every is None or (is_whole(every) and every >= 1), where, "retract_every", every, "an int ≥ 1 or None")
+
     @property
     def orthonormal(self) -> bool:
         """Only nearly."""
@@ -384,7 +413,7 @@ class OnlinePCA(SVD):
         steps = [torch.full((), state["basis_step"] - 1.0, dtype=q.dtype, device=q.device)]
         moments = [[state[f"{key}_{name}"]] for name in _BASIS_MOMENTS]
         updates = kernel.adam_update_([slope], *moments, steps, *self.basis_betas, 1e-8)
-        rate = torch.tensor(self.basis_lr * lr_ratio, dtype=torch.float64)
+        rate = scalar(self.basis_lr * lr_ratio)
         kernel.apply_([q], updates, [], steps, [], rate, self.basis_weight_decay, 1.0, None)
 
     def gradient(

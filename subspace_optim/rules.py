@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .distributed import Axes
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, chosen, peak
+from .hyperparameters import demand, is_number
+from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, chosen, peak, scalar
 
 Kernel = Any  # a module with the functions of kernels/reference.py
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
@@ -211,6 +213,11 @@ class Adafactor(Rule):
     scale_parameter: bool = False
     lr_inside: bool = False
 
+    def __post_init__(self) -> None:
+        where, decay, most = type(self).__name__, self.decay_rate, self.clip_threshold
+        demand(is_number(decay) and 0 < decay <= 1, where, "decay_rate", decay, "a number in (0, 1]")
+        demand(isinstance(most, Real) and most > 0, where, "clip_threshold", most, "a number > 0")
+
     @property
     def skips(self) -> bool:
         """Not where parameters are decayed beforehand."""
@@ -250,7 +257,7 @@ class Adafactor(Rule):
             for param, rate in zip(bucket.params, rates.double().expand(len(bucket)).tolist(), strict=True):
                 param.mul_(1 - rate * hyper.weight_decay)
             updates = self.update_(bucket, lows, hyper, kernel, rates)
-            self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=torch.ones(()))
+            self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=scalar(1))
         else:
             self.apply_(bucket, self.update_(bucket, lows, hyper, kernel), hyper, kernel, lr=rates)
 
@@ -335,7 +342,7 @@ class CompressedAdafactor(Adafactor):
             return
         _count_(bucket)
         rates = self._rates(bucket, hyper)
-        history = torch.tensor(-beta, dtype=torch.float64)  # the rate at which D takes steps along back(C)
+        history = scalar(-beta)  # the rate at which D takes steps along back(C)
         for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, bucket.flags, strict=True)):
             grad = bucket.grads[i].to(plan.state_dtype)
             moment = state["exp_avg"]
@@ -480,6 +487,12 @@ class Apollo(Adam):
     scale_type: Literal["channel", "tensor"] = "channel"
     growth: float | None = 1.01
     least_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        where, most, least = type(self).__name__, self.growth, self.least_share
+        demand(self.scale_type in ("channel", "tensor"), where, "scale_type", self.scale_type, "one of channel, tensor")
+        demand(most is None or (isinstance(most, Real) and most > 0), where, "growth", most, "a number > 0 or None")
+        demand(is_number(least) and least >= 0, where, "least_share", least, "a finite number ≥ 0")
 
     def init(self, plan: Plan) -> State:
         """Adam's moments, and ‖S‖ of the last step (0: there was none)."""

@@ -182,7 +182,7 @@ def _pairs(
     """(name, W, W₀) of every matrix, as (m, n) in float64."""
     new, old = _tensors(model), _tensors(reference)
     matrices = [name for name, tensor in new.items() if tensor.ndim >= 2 and tensor.is_floating_point()]
-    wanted = patterns(target)
+    wanted = patterns(target, "target")
     chosen = set(matrices) if wanted is None else matching(wanted, matrices, "target")
     for name in (name for name in matrices if name in chosen):
         if name not in old:

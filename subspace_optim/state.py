@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import distributed, philox, storage
@@ -108,7 +109,7 @@ class StatefulOptimizer(Optimizer):
         """
         where = f"{type(self).__name__}: group {len(self.param_groups)}"
         if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"{where}: {param_group!r} must be a dict with the key 'params'")
+            raise TypeError(f"{where} must be a dict with the key 'params', and is a {type(param_group).__name__}")
         group = canonical(param_group, where)
         self._check_group(group, f"group {len(self.param_groups)}")
         params = group["params"]
@@ -130,6 +131,8 @@ class StatefulOptimizer(Optimizer):
     def _refuse_param(param: Any, name: str, where: str, taken: dict[int, str]) -> None:
         if not isinstance(param, Tensor):
             raise TypeError(f"{where}: {name} is a {type(param).__name__}; give tensors or (name, tensor) pairs")
+        if is_lazy(param):
+            raise ValueError(f"{where}: {name} has no shape yet; run its lazy module once before")
         name = f"{where}: {name} of shape {tuple(param.shape)}"
         if not (param.is_leaf or param.retains_grad):
             raise ValueError(f"{name} is a non-leaf Tensor, the result of a computation; give the parameter itself")
@@ -199,7 +202,7 @@ class StatefulOptimizer(Optimizer):
                 why = f"{key} of shape {_shape(state.get(key))}, but rank={group['rank']!r} and "
                 why += f"proj_type={group['proj_type']!r} need {shapes.get(key)}"
             raise ValueError(f"{name_in(group, i)} has {why}; keep what the run began with")
-        if state["step"].dtype != plan.state_dtype or state["step"].device != plan.device:
+        if not follows(plan, state):
             state.update(self._adopted(self._match(position, index, i, param, group, state)))
 
     def _init_state(self, plan: Plan, group: dict[str, Any], position: int) -> State:
@@ -283,12 +286,14 @@ class StatefulOptimizer(Optimizer):
         Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
-            ValueError: the state is of another optimizer, rank or model, or its parameters, by their names, come in
-                another order, or an option of a group is out of range. Nothing has been changed then.
+            ValueError: the state is of another optimizer, rank or model, or of no parameter; or its parameters, by
+                their names, come in another order; or an option of a group is out of range. Nothing has been changed
+                then.
         """
         states: dict[Tensor, State] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            self._check_keys(incoming)
             for index, group in enumerate(incoming["param_groups"]):
                 self._check_group(group, f"group {index} of the checkpoint")
             matches = list(self._matched(incoming))
@@ -328,6 +333,22 @@ class StatefulOptimizer(Optimizer):
         plan = plan_for(param, group)
         axes = self._axes(plan, group, position)
         return _Match(name_in(self.param_groups[index], i), param, plan, state, self._wanted(plan), axes)
+
+    @staticmethod
+    def _check_keys(state_dict: dict[str, Any]) -> None:
+        """Refuse what is no state dict of an optimizer, and state that would be left out without a word."""
+        if not {"state", "param_groups"} <= set(state_dict):
+            raise ValueError(
+                "load_state_dict needs what state_dict() of an optimizer gave, a dict of 'state' and 'param_groups'; "
+                f"this holds {', '.join(map(str, list(state_dict)[:5]))}"
+            )
+        numbers = {number for group in state_dict["param_groups"] for number in group["params"]}
+        left = [key for key in state_dict["state"] if key not in numbers]
+        if left:
+            raise ValueError(
+                f"the checkpoint has state under {left[0]!r}, which is in none of its groups' params; JSON turns the "
+                "numbers into strings: make ints of them again, or remove what belongs to no parameter"
+            )
 
     def _check_order(self, groups: list[dict[str, Any]]) -> None:
         """Refuse parameters whose names tell of another order: state goes by the order alone, as in torch."""
@@ -425,6 +446,12 @@ def plan_for(param: Tensor, group: dict[str, Any]) -> Plan:
         raise ValueError(f"{name_in(group, i)} {error}") from None
 
 
+def follows(plan: Plan, state: State) -> bool:
+    """Whether a state is where its tensor is, and in its precision: the tensor may have been moved or cast."""
+    step: Tensor = state["step"]
+    return step.dtype == plan.state_dtype and step.device == plan.device
+
+
 def member_states(plan: Plan, state: State) -> list[State]:
     """The states of the matrices of a tensor: tensors are the memory of the state's, ints of a stack are copies."""
     here = state if plan.sharding.mesh is None else {key: distributed.local(value) for key, value in state.items()}
@@ -433,9 +460,14 @@ def member_states(plan: Plan, state: State) -> list[State]:
 
 def name_in(group: dict[str, Any], i: int) -> str:
     """What errors call the tensor at a position in the group."""
-    if "param_names" in group:
+    if i < len(group.get("param_names", ())):  # a list of parameters may be added to, as lists may
         return str(group["param_names"][i])
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def not_dense(name: str, grad: Tensor) -> TypeError:
+    """What is raised for a sparse gradient."""
+    return TypeError(f"{name} has a {grad.layout} gradient; use a dense one (sparse=False)")
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, chosen
+from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, chosen, scalar
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -133,14 +133,14 @@ def _codec(kind: Kind, bits: int, shape: tuple[int, ...], axis: int = -1) -> Cod
 def codecs(plan: Plan) -> dict[str, Codec]:
     """By state key, those tensors of one matrix that are coded, where the state has them."""
     along = -2 if plan.side == "left" else -1
-    found = {
-        "exp_avg": _codec("signed", plan.state_bits, plan.low_shape, along),
+    found = {  # in the order of writing: an interrupt between V and M makes no step larger
         "exp_avg_sq": _codec("unsigned", plan.state_bits, plan.low_shape, along),
+        "exp_avg": _codec("signed", plan.state_bits, plan.low_shape, along),
     }
     for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True):
         found[key] = _codec("linear", plan.basis_bits, shape)
-        found[f"{key}_exp_avg"] = _codec("signed", plan.state_bits, shape)
         found[f"{key}_exp_avg_sq"] = _codec("unsigned", plan.state_bits, shape)
+        found[f"{key}_exp_avg"] = _codec("signed", plan.state_bits, shape)
     return {key: codec for key, codec in found.items() if codec}
 
 
@@ -253,7 +253,7 @@ class Coding:
             return self._kernel.coded_adam_update_(lows, *coded, *adam, transform, eps_inside, finite)
         updates = [torch.zeros_like(low, memory_format=torch.contiguous_format) for low in lows]
         rest = (*adam, 0.0, 1.0, transform, eps_inside, finite)
-        self._kernel.coded_adam_(updates, lows, *coded, [], torch.tensor(-1.0), *rest)
+        self._kernel.coded_adam_(updates, lows, *coded, [], scalar(-1), *rest)
         return updates
 
     def _weight_norm_adam_(

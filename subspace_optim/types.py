@@ -204,7 +204,8 @@ def stack_states(states: list[State]) -> State:
     """The states of the matrices of one tensor as one state, with a leading dimension; ints become int64 tensors."""
     first = states[0]
     columns = {key: [state[key] for state in states] for key in first}
-    return {key: torch.stack(c) if isinstance(first[key], Tensor) else torch.tensor(c) for key, c in columns.items()}
+    ints = partial(torch.tensor, device="cpu")
+    return {key: torch.stack(c) if isinstance(first[key], Tensor) else ints(c) for key, c in columns.items()}
 
 
 def state_axes(plan: Plan, init: Callable[[Plan], State]) -> dict[str, tuple[Axes, tuple[int, ...]]]:
@@ -249,6 +250,11 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
 def chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """The new tensor, or the old one where that is to stay as it is."""
     return new if finite is None else torch.where(finite, new, old)
+
+
+def scalar(value: float) -> Tensor:
+    """A number as kernels take it: on the host, whatever the default device is."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def peak(x: Tensor, dtype: torch.dtype) -> Tensor:

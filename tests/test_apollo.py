@@ -66,9 +66,3 @@ def test_scaling_the_gradients_changes_nothing():
     grads = [noise(i, (12, 7)) for i in range(3)]
     plain, tiny = (steps(*made(eps=0.0), [factor * grad for grad in grads]) for factor in (1, 1e-12))
     assert plain == pytest.approx(tiny, rel=1e-6)
-
-
-@pytest.mark.parametrize("bad", [{"proj": "rand"}, {"scale_type": "row"}])
-def test_options_that_do_not_exist(bad):
-    with pytest.raises(ValueError, match=f"APOLLO: {next(iter(bad))}=.* must be one of"):
-        made(**bad)

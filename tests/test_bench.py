@@ -4,14 +4,19 @@ In CI on tiny shapes: native and reference; compiled has tests/test_compiled.py,
 """
 
 import json
+import math
+import os
 import subprocess
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from subspace_optim.kernels import reference
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
@@ -20,7 +25,7 @@ TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    names = ("arms", "gpu", "limits", "measures", "run")
+    names = ("arms", "gpu", "limits", "measures", "run", "tune")
     return SimpleNamespace(**{name: import_module(f"bench.{name}") for name in names})
 
 
@@ -91,14 +96,59 @@ def test_what_is_counted_is_what_the_reference_does(bench, method):
     assert counted.bytes == sum(3 * p.nbytes for p in projected + dense) + 2 * changed + kept
 
 
+def test_a_record_names_its_commit_where_git_is_not(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.measures.shutil, "which", lambda name: None)
+    assert bench.measures.machine()["commit"] == "unknown" and bench.measures.machine()["dirty"] is None
+    monkeypatch.setenv("COMMIT", "abc1234")
+    about = bench.measures.machine()
+    path = bench.measures.written(tmp_path / "new", {"machine": about}, "NVIDIA H200", "60m")
+    assert path.name == f"{about['time'][:10]}-abc1234-NVIDIA-H200-60m.json"
+    assert json.loads(path.read_text())["machine"] == about
+
+
 def test_bytes_of_dense_adamw(bench):
     """28 an element in float32, 22 in bfloat16 with float32 state and 14 without; 8 bits with a scale for 256."""
     for itemsize, bits, each in ((4, 32, 28), (2, 32, 22), (2, None, 14), (4, 8, 12 + 4 * (1 + 4 / 256))):
         assert bench.limits.work("adamw", [], [(10, 100)], 0, itemsize, bits).bytes == 1000 * each
 
 
-def test_the_script_for_gpus_is_one(bench, capsys):
-    subprocess.run(["bash", "-n", str(ROOT / "bench/gpu.sh")], check=True)
+def gpu_script(folder, *parts, failing="no call"):
+    """Run bench/gpu.sh where every program writes down its call, and those with `failing` in it exit with 3."""
+    tools = folder / "tools"
+    tools.mkdir(parents=True)
+    for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
+        (tools / name).write_text(f'#!/bin/sh\ncase "$*" in *"{failing}"*) exit 3;; esac\necho "{name} $*"\n')
+        (tools / name).chmod(0o755)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(folder)}
+    command = ["bash", str(ROOT / "bench/gpu.sh"), *parts]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_script_for_gpus_does_all_of_it_in_one_command(tmp_path):
+    done = gpu_script(tmp_path)
+    parts = [line for line in done.stdout.splitlines() if line.startswith("== ") and "exit" not in line]
+    assert done.returncode == 0 and parts == ["== build", "== tests", "== memcheck", "== racecheck", "== benchmark"]
+    log = (tmp_path / "gpu.log").read_text()
+    for call in (
+        "build_ext --inplace",
+        "tests/test_gpu.py -n 8",
+        "--tool memcheck",
+        "--tool racecheck",
+        "-m bench.gpu",
+    ):
+        assert call in log
+
+
+def test_the_script_for_gpus_goes_on_after_a_failure_and_says_so(tmp_path):
+    done = gpu_script(tmp_path / "all", failing="tool memcheck")
+    assert done.returncode == 1 and "== memcheck: exit 3" in done.stdout and "== benchmark: exit 0" in done.stdout
+    memory = gpu_script(tmp_path / "memory", "memory", failing="20GB")
+    assert memory.returncode == 1 and memory.stdout.count("bench.plan") == 3 and "7b in 20GB: exit 3" in memory.stdout
+    wrong = gpu_script(tmp_path / "wrong", "memry")
+    assert wrong.returncode == 2 and "memry" in wrong.stderr and not (tmp_path / "wrong" / "gpu.log").exists()
+
+
+def test_the_benchmark_for_gpus_needs_one(bench, capsys):
     with pytest.raises(SystemExit, match="0"):
         bench.gpu.main(["--help"])
     if not torch.cuda.is_available():
@@ -118,3 +168,56 @@ def test_arms_of_the_gpu_step_on_a_cpu(bench, monkeypatch):
     rows = bench.gpu.measure("tiny", ["auto"], 1, bench.limits.Machine(1e9, 1e9))
     assert {"rank 8 auto", "rank 8 auto, SVD, 8 bits", "ours dense, fp32 state, auto"} <= {row["arm"] for row in rows}
     assert all(row["to_limit"] == 1 / max(row["bytes_ms"], row["flops_ms"]) for row in rows)
+
+
+class Shape(NamedTuple):
+    """As a Blocks of the Triton kernels."""
+
+    rows: int = 64
+    columns: int = 0
+    depth: int = 32
+    slice: int = 16
+    warps: int = 8
+    stages: int = 2
+
+
+def test_the_tuner_finds_the_valley_it_begins_in(bench):
+    def measure(shape):
+        if shape.stages > 3:
+            return "out of shared memory"
+        return abs(shape.rows - 256) + abs(shape.depth - 64) + 8.0 - shape.stages
+
+    best, tried = bench.tune.descended(Shape(), measure, math.inf)
+    assert best == Shape(rows=256, depth=64, stages=3)
+    assert tried[best._replace(stages=4)] == "out of shared memory"
+    assert all(shape.columns == 0 for shape in tried)
+    assert bench.tune.descended(Shape(), measure, -math.inf) == (Shape(), {Shape(): measure(Shape())})
+
+
+@pytest.mark.parametrize("name", ["fused", "project", "apply"])
+def test_the_tuner_takes_no_shape_that_is_wrong(bench, monkeypatch, name):
+    """The reference stands in for the kernels: one shape is refused, one gives other numbers, all take as long."""
+    key = (name, False, 90)
+    blocks = {key: Shape()}
+
+    def shaped(kernel):
+        def call(first, *arguments):
+            if blocks[key].stages == 3:
+                raise RuntimeError("out of resource: shared memory\nmore")
+            out = kernel(first, *arguments)
+            for tensor in (out or first) if blocks[key].depth == 64 else ():
+                tensor.mul_(1.01)
+            return out
+
+        return call
+
+    names = ("project", "apply_", "projected_adam_")
+    kernels = SimpleNamespace(BLOCKS=blocks, **{each: shaped(getattr(reference, each)) for each in names})
+    monkeypatch.setattr(bench.tune, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(bench.tune, "shapes", lambda size: [(40, 24), (24, 24)])
+    monkeypatch.setitem(bench.tune.RANKS, (name, False), 8)
+    monkeypatch.setattr(bench.tune, "timed", lambda arms, rounds: {"call": float(blocks[key].rows)})
+    best, tried = bench.tune.tuned(kernels, key, math.inf)
+    assert best.rows == 16 and blocks == {key: Shape()}
+    assert tried[Shape(rows=16, stages=3)] == "RuntimeError: out of resource: shared memory"
+    assert tried[Shape(rows=16, depth=64)].startswith("differs by ")

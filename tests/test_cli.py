@@ -1,7 +1,9 @@
 """The command line itself: light to start, clear without the extras, one line for each mistake."""
 
+import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from pretraining import ROOT, environment, refused
@@ -99,6 +101,18 @@ def test_ctrl_c_before_there_is_anything_to_save(capsys, monkeypatch):
     monkeypatch.setattr(so, "backends", interrupted)
     assert cli.main(["backends"]) == 130
     assert capsys.readouterr().err == "subspace-optim: error: interrupted before there was anything to save\n"
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["ascii", "closed"])
+def test_any_stream_will_do(closed):
+    """The rule of a table is none of ASCII's characters."""
+    done = subprocess.run(
+        [sys.executable, "-m", "subspace_optim", "backends"],
+        env=environment() | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+        preexec_fn=partial(os.close, 1) if closed else None,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("???" in done.stdout) != closed
 
 
 def test_a_reader_that_leaves_is_no_error():

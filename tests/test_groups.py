@@ -292,6 +292,11 @@ def test_create_refuses():
     }.items():
         with pytest.raises(ValueError, match=message):
             so.create(model, name)
+    with pytest.raises(TypeError, match=r"name=<class .*GaLore'> must be a string, one of adamw, galore"):
+        so.create(model, so.GaLore)
+    for wrong in (3, [torch.nn.Linear], re.compile("proj")):
+        with pytest.raises(TypeError, match=r"exclude=.* must be part of a name, or a regular expression, as a string"):
+            so.create(model, "galore", exclude=wrong)
     with pytest.raises(ValueError, match="rank=4 has no meaning for 'adamw', which projects nothing; leave it out"):
         so.create(model, "adamw", rank=4)
     with pytest.raises(ValueError, match="unknown option 'update_proj_gp'; did you mean 'update_proj_gap'"):

@@ -15,11 +15,12 @@ import torch
 from cases import METHODS, STORED_METHODS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import SHAPES, assert_same, build, net, noise, peak_bytes, snapshot
+from training import SHAPES, assert_same, build, net, noise, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import subspace_optim as so
 from subspace_optim.integrations.ddp import ProjectedState
+from subspace_optim.pretrain.machine import peak_bytes
 
 STEPS, PARTS = 50, 4
 SERVED = [method for method in METHODS + STORED_METHODS if not build(method, net()).whole_gradient]
@@ -417,6 +418,24 @@ def test_a_resumed_run_goes_on_bit_for_bit(linear):
     fresh.zero_grad()
     settle(fresh, again, 6)
     assert_same(weights(fresh), weights(model))
+
+
+@by_mode
+def test_a_model_may_be_cast_in_the_middle(linear):
+    """The step brings its state along; until then no gradient is projected by the old one."""
+    ends = []
+    for served in (True, False):
+        model = mlp(torch.float32)
+        opt = galore(model)
+        if served:
+            so.project_in_backward(model, opt, linear=linear)
+        settle(model, opt, 2)
+        model.double()
+        settle(model, opt, 2)
+        assert {state["step"].dtype for state in opt.state.values()} == {torch.float64}
+        ends.append(weights(model))
+    for name in ends[0]:  # of two steps in float32, whose Adam divides by √V
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_handle_leaves_everything_as_it_was():

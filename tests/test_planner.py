@@ -168,6 +168,12 @@ def test_the_model_is_not_touched():
     assert not getattr(model, "is_gradient_checkpointing", False)
 
 
+def test_the_default_device_does_not_matter():
+    with torch.device("meta"):
+        elsewhere = so.plan("tiny", "galore", batch=1, seq=16)
+    assert elsewhere.bytes == so.plan("tiny", "galore", batch=1, seq=16).bytes
+
+
 def test_categories_and_layers_add_up():
     plan = so.plan(small(), batch=2, seq=16, rank=16, accumulation=2)
     assert tuple(plan.bytes) == CATEGORIES and plan.peak == plan.allocated == sum(plan.bytes.values())
@@ -379,6 +385,7 @@ def test_energies_fall_off_and_end_at_nothing():
         ({"optimizer": "galor"}, ("galore",)),
         ({"budget": "1GB", "rank": 4}, ("rank", "leave")),
         ({"budget": "none"}, ("budget='none'",)),
+        ({"budget": "1GB", "optimizer": "adamw"}, ("budget='1GB'", "projects nothing", "leave it out")),
         ({"budget": "1GB", "ranks": (0,)}, ("rank",)),
         ({"rank": 0}, ("rank=0",)),
     ],

@@ -94,7 +94,7 @@ def test_ranks_are_one_process(request, alone, name, how):
     assert_same_run(state_at(run, 12), alone)
     assert "warning" not in error and how in out
     assert out.count("step     12") == 1 and out.count("perplexity") == 1  # one rank speaks
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "report.json", "report.png"}
+    assert {path.name for path in run.iterdir()} == {".lock", "checkpoints", "report.json", "report.png"}
 
 
 @pytest.mark.parametrize("name", ["shards", "copies"])

@@ -1,6 +1,7 @@
 """Whole runs: they learn, they repeat themselves bit for bit, and being killed, stopped and resumed changes nothing."""
 
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -26,6 +27,8 @@ from subspace_optim.pretrain import checkpoint, loop
 from subspace_optim.pretrain.command import settle
 from subspace_optim.pretrain.config import Diverged, resolve
 from subspace_optim.pretrain.display import Display
+from subspace_optim.pretrain.files import claim
+from subspace_optim.pretrain.loop import stop_signals
 
 FIVE = ["galore", "flora", "osd", "gradnormlorp", "grams"]
 CELLS = ["svd+lion", "random+adam+cautious", "none+adam+grams", "pca+momentum"]
@@ -139,7 +142,7 @@ def test_kill_minus_nine_and_resume_is_as_if_nothing_had_happened(tmp_path, corp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, corpus, number):
     stopped = tmp_path / "with space"
     process = start(micro(corpus, stopped, "--steps", 4000, "--save-every", 1000))
@@ -153,13 +156,33 @@ def test_a_signal_saves_and_prints_the_command_that_resumes(tmp_path, corpus, nu
     assert 0 < step < 4000 or steps_saved(stopped) == [0]
     command = shlex.split(out.strip().splitlines()[-1])
     assert command[-2:] == ["--resume", str(stopped)]
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         return
     finished = subprocess.run(
         [*command, "--steps", str(step + 2), "--quiet"], env=environment(), capture_output=True, text=True
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("perplexity") and steps_saved(stopped)[0] == step + 2
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """nohup asks for that, and a shell that puts a job into the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_goes_on_where_its_output_cannot(tmp_path, corpus, monkeypatch):
+    """A full disk under a log of it; a reader or a terminal that is gone is an OSError as well."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(micro(corpus, tmp_path / "run", "--steps", 2)) == 0
+    assert steps_saved(tmp_path / "run")[0] == 2 and (tmp_path / "run" / "report.json").exists()
 
 
 def test_a_stop_between_steps_resumes_bit_for_bit(tmp_path, corpus):
@@ -285,6 +308,20 @@ def test_an_output_folder_is_not_overwritten_by_accident(tmp_path, corpus, capsy
     assert not torch.equal(state_at(run, 2)["model"]["lm_head.weight"], before["model"]["lm_head.weight"])
     (tmp_path / "file").write_text("x")
     refused(capsys, micro(corpus, tmp_path / "file" / "run"), "--out", "cannot be written")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, corpus, capsys, monkeypatch):
+    """Until the first checkpoint nothing else tells that another one has begun in it."""
+    monkeypatch.chdir(tmp_path)
+    with claim(tmp_path / "runs" / "tiny-galore"), claim(tmp_path / "out"):
+        refused(capsys, micro(corpus, tmp_path / "out", "--steps", 1), "--out", "another process is training in it")
+        unnamed = [word for word in micro(corpus, "out", "--steps", 1) if word not in ("--out", "out")]
+        assert main(unnamed) == 0
+        assert (tmp_path / "runs" / "tiny-galore-2" / "report.json").exists()
+    assert main(micro(corpus, tmp_path / "out", "--steps", 1)) == 0
+    with claim(tmp_path / "out"):
+        refused(capsys, ["pretrain", "--resume", "out", "--steps", "2"], "--resume out: another process is training")
+    assert main(["pretrain", "--resume", "out", "--steps", "2", "--plain"]) == 0
 
 
 def test_runs_without_a_name_get_folders_of_their_own_and_resume_finds_the_latest(

@@ -25,7 +25,7 @@ from training import (
 import subspace_optim as so
 from subspace_optim import engine
 from subspace_optim.engine import GRAD_LIMIT
-from subspace_optim.projectors import UNSET
+from subspace_optim.projectors import UNSET, exact_products
 
 NAN, INF = math.nan, math.inf
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
@@ -240,6 +240,22 @@ def test_a_refresh_multiplies_in_float32_whatever_the_process_allows(monkeypatch
         for place, found in zip(places, as_found, strict=True):
             place.fp32_precision = found
     assert during == [["ieee", "ieee"]]
+
+
+def test_refreshes_of_several_threads_leave_the_precision_as_it_was():
+    """Of two optimizers: one is in a refresh while the other begins or ends one."""
+    place = torch.backends.mkldnn.matmul
+    found, place.fp32_precision = place.fp32_precision, "bf16"
+    try:
+        first, second = exact_products(), exact_products()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        during = place.fp32_precision
+        second.__exit__(None, None, None)
+        assert (during, place.fp32_precision) == ("ieee", "bf16")
+    finally:
+        place.fp32_precision = found
 
 
 def test_opposite_gradients_span_the_same_subspace():
@@ -591,6 +607,27 @@ def test_ctrl_c_within_a_step_costs_no_more_than_the_step(cls, started, bits):
     assert interrupted
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_ctrl_c_between_two_moments_makes_no_step_larger(bits):
+    """An M that has seen a gradient which V has not would step by their ratio: here by 600 times lr."""
+
+    def before_a_step():
+        params = net(names=("tall",))
+        opt = so.SubspaceOptimizer(params.values(), lr=0.01, state_bits=bits, backend="reference")
+        params["tall"].grad = torch.ones(12, 7)
+        return params["tall"], opt
+
+    whole = Interrupt(0)
+    assert whole.during(before_a_step()[1].step)
+    for at in range(1, whole.lines, 1 if bits == 32 else 5):  # to code a moment takes many lines
+        param, opt = before_a_step()
+        Interrupt(at).during(opt.step)
+        before = param.detach().clone()
+        param.grad = torch.full((12, 7), 1e-3)
+        opt.step()
+        assert (param.detach() - before).abs().max() < 2 * 0.01, f"line {at}"
+
+
 def test_ctrl_c_within_a_load_leaves_state_that_can_be_stepped():
     """Torch's own load casts moments to the dtype of the parameters; nobody may ever meet those."""
 
@@ -656,6 +693,20 @@ def test_state_that_is_cast_is_the_same_state():
     assert_same(*ends)
 
 
+def test_parameters_may_be_appended_to_a_group():
+    """As to any list; of a group with names they have none."""
+    params = net(names=("tall", "vector"))
+    opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
+    train(params, opt, range(1))
+    late = torch.nn.Parameter(torch.zeros(4))
+    opt.param_groups[0]["params"].append(late)
+    late.grad = torch.ones(4)
+    opt.step()
+    torch.testing.assert_close(late.detach(), torch.full((4,), -0.1))
+    opt.load_state_dict(opt.state_dict())
+    assert "parameter 2 of shape (4,)" in opt.summary()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @by_name
 def test_the_default_dtype_does_not_matter(cls, dtype):
@@ -670,6 +721,23 @@ def test_the_default_dtype_does_not_matter(cls, dtype):
             train(params, opt, range(2))
         finally:
             torch.set_default_dtype(torch.float32)
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
+@by_method
+def test_the_default_device_does_not_matter(method):
+    """Of a script that says torch.set_default_device("cuda"); meta finds every tensor that would go there."""
+    ends = []
+    for default in ("cpu", "meta"):
+        params = net()
+        opt = build(method, params)
+        for step in range(GAP + 2):
+            set_gradients(params, step)
+            with torch.device(default):
+                opt.clip_grad_norm_(10.0)
+                opt.step()
+                opt.load_state_dict(opt.state_dict())
         ends.append(snapshot(params))
     assert_same(*ends)
 

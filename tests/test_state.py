@@ -283,6 +283,15 @@ def edited(change):
     return wrong
 
 
+def whole_file(params, opt):
+    return {"model": {}, "optimizer": opt.state_dict()}
+
+
+def of_json(params, opt):
+    state_dict = opt.state_dict()
+    return {**state_dict, "state": {str(number): state for number, state in state_dict["state"].items()}}
+
+
 EDITS = {
     "last_tensor": lambda state: state[5].update(basis=torch.zeros(3, 5, 1)),
     "missing": lambda state: state[3].pop("exp_avg_sq"),
@@ -296,6 +305,8 @@ WRONG = {
     "last_tensor": (edited(EDITS["last_tensor"]), "experts: .*basis is .*3, 5, 1., .*needs .*3, 5, 2"),
     "missing": (edited(EDITS["missing"]), "vector: the checkpoint holds exp_avg, step, but GaLore keeps .*exp_avg_sq"),
     "not_a_tensor": (edited(EDITS["not_a_tensor"]), "conv: .*exp_avg is of type str, .*needs a tensor"),
+    "whole_file": (whole_file, "a dict of 'state' and 'param_groups'; this holds model, optimizer"),
+    "of_json": (of_json, "has state under '0', which is in none of its groups' params; .*make ints of them again"),
     "not_an_int": (edited(EDITS["not_an_int"]), "conv: .*age is of type str, .*needs of type int"),
 }
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from cases import DTYPES
 from hypothesis import given
-from training import FIVE, RANK, assert_same, groups, net, noise, peak_bytes, set_gradients, snapshot, train
+from training import FIVE, RANK, assert_same, groups, net, noise, set_gradients, snapshot, train
 
 import subspace_optim as so
 from subspace_optim import storage
 from subspace_optim.kernels import native, reference
 from subspace_optim.philox import Window
+from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.storage import Codec, codecs, nbytes, values
 from subspace_optim.types import BLOCK, TRANSFORMS, make_plan
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import math
 import warnings
+from collections import UserList
 
 import numpy
 import pytest
@@ -164,6 +165,18 @@ def test_every_scheduler_with_float_and_tensor_lr(cls, name):
         torch.testing.assert_close(ends[1][key], ends[2][key], rtol=1e-5, atol=1e-6)  # rates differ by rounding
     with pytest.raises(AssertionError):
         torch.testing.assert_close(ends[1]["tall"], noise(list(net()).index("tall"), (12, 7)).float())
+
+
+@by_name
+def test_a_rate_may_be_a_tensor_of_one_element_in_any_shape(cls):
+    ends = []
+    for shape in ((), (1,), (1, 1)):
+        params = net()
+        opt = cls(groups(params), lr=torch.full(shape, 0.05), rank=RANK, backend="reference")
+        train(params, opt, range(2))
+        ends.append(snapshot(params))
+    assert_same(ends[0], ends[1])
+    assert_same(ends[0], ends[2])
 
 
 @by_method
@@ -351,6 +364,24 @@ def test_aliases(alias):
     assert alias not in opt.param_groups[0]
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam])
+def test_the_groups_of_torchs_optimizers_are_groups(cls):
+    theirs = cls([weight()], lr=0.5)
+    opt = so.GaLore(theirs.param_groups, rank=RANK)
+    assert opt.param_groups[0]["lr"] == 0.5 and opt.param_groups[0]["rank"] == RANK
+    so.GaLore([weight()], **{key: value for key, value in theirs.defaults.items() if key != "params"}, rank=RANK)
+
+
+def test_weight_decay_as_a_penalty_is_refused():
+    """As torch's Adam has it, unlike its AdamW."""
+    theirs = torch.optim.Adam([weight()], weight_decay=0.1)
+    message = "decoupled_weight_decay=False must be True"
+    with pytest.raises(ValueError, match=message):
+        so.GaLore(theirs.param_groups, rank=RANK)
+    with pytest.raises(ValueError, match=message):
+        so.SubspaceOptimizer([weight()]).load_state_dict(theirs.state_dict())
+
+
 def test_keys_of_frameworks_pass():
     foreign = {
         "fused": None,
@@ -405,7 +436,7 @@ BAD_VALUES = {
     "eps": [-1e-8, float("nan"), "tiny"],
     "weight_decay": [-0.1, float("inf"), "none"],
     "rank": [0, -1, 1.5, 0.0, float("nan"), "16", True],
-    "update_proj_gap": [0, -5, 2.5, "10"],
+    "update_proj_gap": [0, -5, 2.5, "10", 2**63],
     "scale": [0.0, -1.0, float("nan")],
     "proj_type": ["both", "", None],
     "transform": ["gram", None],
@@ -428,6 +459,34 @@ def test_a_bad_value_names_the_option_the_value_and_the_mend(key, value):
     assert len(opt.param_groups) == 1
 
 
+BAD_PARTS = {
+    "projector='svd' must be a projector, such as": lambda p: so.SubspaceOptimizer(p, "svd"),
+    "must be a projector, such as SVD.rank=128.": lambda p: so.SubspaceOptimizer(p, so.SVD),
+    "rule=<class .*Lion'> must be a rule, such as Adam..": lambda p: so.GaLore(p, rule=so.Lion),
+    "dense_rule='adam' must be a rule": lambda p: so.GaLore(p, dense_rule="adam"),
+    "seed=None must be an int": lambda p: so.GaLore(p, seed=None),
+    "seed=0.5 must be an int": lambda p: so.Flora(p, seed=0.5),
+    "method='exakt' must be one of subspace, exact": lambda p: so.GaLore(p, svd="exakt"),
+    "iterations=0 must be an int ≥ 1": lambda p: so.SubspaceOptimizer(p, so.SVD(iterations=0)),
+    "kind='normal' must be one of orthonormal, gaussian, rademacher": lambda p: so.Flora(p, kind="normal"),
+    "basis_lr=-0.1 must be a finite number ≥ 0": lambda p: so.OnlineSubspaceDescent(p, basis_lr=-0.1),
+    "basis_betas=0.9 must be two numbers": lambda p: so.SubspaceOptimizer(p, so.OnlinePCA(basis_betas=0.9)),
+    "retract_every=0 must be an int ≥ 1 or None": lambda p: so.SubspaceOptimizer(p, so.OnlinePCA(retract_every=0)),
+    "decay_rate=-0.8 must be a number in": lambda p: so.Flora(p, decay_rate=-0.8),
+    "clip_threshold=0 must be a number > 0": lambda p: so.SubspaceOptimizer(p, None, so.Adafactor(clip_threshold=0)),
+    "proj='rnd' must be one of random, svd": lambda p: so.APOLLO(p, proj="rnd"),
+    "scale_type='row' must be one of channel, tensor": lambda p: so.APOLLO(p, scale_type="row"),
+    "growth=0 must be a number > 0 or None": lambda p: so.APOLLO(p, growth=0),
+    "max_norm=None must be > 0": lambda p: so.GaLore(p).clip_grad_norm_(None),
+}
+
+
+@pytest.mark.parametrize("message", BAD_PARTS)
+def test_a_bad_part_names_the_option_the_value_and_the_mend(message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        BAD_PARTS[message]([weight()])
+
+
 BAD_PARAMS = {
     "float8": (
         lambda: parameter_of(torch.float8_e4m3fn),
@@ -435,6 +494,7 @@ BAD_PARAMS = {
         "is torch.float8_e4m3fn; optimizable are torch.fl",
     ),
     "complex": (lambda: parameter_of(torch.complex64), TypeError, "is torch.complex64; optimizable are torch.float32"),
+    "lazy": (lambda: torch.nn.LazyLinear(4).weight, ValueError, "has no shape yet; run its lazy module once before"),
     "non_leaf": (lambda: weight() * 2, ValueError, "is a non-leaf Tensor.*give the parameter itself"),
     "not_a_tensor": (lambda: "weights", TypeError, "is a str; give tensors"),
     "taken": (lambda: SHARED, ValueError, "of shape .12, 7. is first as well; a tensor may appear once"),
@@ -456,6 +516,13 @@ def test_a_bad_parameter_is_named(name):
     if name != "taken":
         with pytest.raises(error, match=f"group 0: parameter 1 .*{message}"):
             so.GaLore([weight(), make()], rank=RANK)
+
+
+def test_a_sparse_gradient_is_named_where_it_is_clipped():
+    opt = so.GaLore([("w", weight())], rank=RANK)
+    opt.param_groups[0]["params"][0].grad = torch.zeros(12, 7).to_sparse()
+    with pytest.raises(TypeError, match=r"w has a torch.sparse_coo gradient; use a dense one \(sparse=False\)"):
+        opt.clip_grad_norm_(1.0)
 
 
 def test_a_bad_group_is_refused():
@@ -508,6 +575,13 @@ def test_numpy_numbers_are_numbers():
         file.seek(0)
         opt.load_state_dict(torch.load(file))
         assert type(opt.param_groups[0]["lr"]) is float
+
+
+def test_a_list_of_hydras_is_a_list():
+    """OmegaConf's is a sequence and no list, and the default torch.load would refuse it."""
+    opt = so.GaLore([{"params": [weight()], "betas": UserList([0.5, 0.9])}], betas=UserList([0.8, 0.9]), rank=RANK)
+    assert opt.defaults["betas"] == (0.8, 0.9)
+    assert opt.state_dict()["param_groups"][0]["betas"] == (0.5, 0.9)
 
 
 def test_a_group_of_a_checkpoint_is_checked_as_any_other():

@@ -1,11 +1,10 @@
 """A mixture of parameters and an endless stream of gradients, the same numbers in every process."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from cases import DENSE_METHODS, METHODS, OFFICIAL_METHODS, PROJECTED, SETTINGS, STORED_METHODS, Method
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import subspace_optim as so
 
@@ -76,15 +75,3 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name in a:
         assert a[name].dtype == b[name].dtype
         assert torch.equal(a[name], b[name]), f"{name}: {(a[name] - b[name]).abs().max()}"
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that a call has allocated at a time, by torch's allocator events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak

@@ -143,7 +143,7 @@ def _fits(*columns: Sequence[Tensor]) -> bool:
 
 def _rows(count: int, *columns: Tensor | float) -> Sequence[Tensor]:
     """The columns, one value or one a tensor, as a vector for each tensor."""
-    wide = [torch.as_tensor(column, dtype=torch.float64).expand(count) for column in columns]
+    wide = [torch.as_tensor(column, dtype=torch.float64, device="cpu").expand(count) for column in columns]
     return torch.stack(wide, dim=1).unbind()
 
 
@@ -161,7 +161,7 @@ def _rates(count: int, lr: Tensor, weight_decay: float, scale: float) -> Sequenc
 
 
 def _seeds(count: int, seeds: Sequence[int]) -> Sequence[Tensor | None]:
-    return torch.tensor(seeds).unbind() if seeds else [None] * count
+    return torch.tensor(seeds, device="cpu").unbind() if seeds else [None] * count
 
 
 def adam_update_(

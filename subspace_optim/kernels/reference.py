@@ -103,9 +103,9 @@ def adam_update_(
             torch._foreach_copy_(out, adam_update_(r, m, v, k, beta1, beta2, eps, transform, eps_inside))
         return updates
     torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(exp_avgs, lows, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, lows, lows, 1 - beta2)
+    torch._foreach_lerp_(exp_avgs, lows, 1 - beta1)  # after V: an interrupt in between makes the next step no larger
     eps = max(eps, _EPS_FLOOR)
     counts = torch.stack(steps).tolist()
     corrections1 = [1 - beta1**k for k in counts]
@@ -346,7 +346,7 @@ def coded_adam_(
             update, low, moments = _advanced(lows, kept, tables, at, *options)
             transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
             first = begin + at.start * length
-            for x, (code, unit, stream), table in zip(moments, kept, tables, strict=True):
+            for x, (code, unit, stream), table in reversed([*zip(moments, kept, tables, strict=True)]):  # V before M
                 encode_(x, code[at], unit[at], table, -1, stream, steps[i], first)
             seed = seeds[i] if seeds else None
             seed = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed

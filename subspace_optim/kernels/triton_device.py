@@ -48,7 +48,7 @@ def _within(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _tile(pointer, i, j, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to the tile at (i, j): 64 bits for its corner, as a large embedding needs, 32 within it."""
-    return pointer + tl.to_tensor(i).to(tl.int64) * width + j + _within(width, ROWS, COLUMNS)
+    return pointer + tl.cast(i, tl.int64) * width + j + _within(width, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def elementwise(
             _count(update * low > 0, kept)
             return
         if CAUTIOUS:
-            update = _cautious(update, update * low > 0, kept, tl.to_tensor(size).to(tl.float32))
+            update = _cautious(update, update * low > 0, kept, tl.cast(size, tl.float32))
         tl.store(mean_at, mean, mask=inside)
         tl.store(square_at, square, mask=inside)
     if APPLY:
@@ -427,7 +427,7 @@ def _write(
         if NOISE < 0:
             tl.store(rest, _lost(value, w.dtype.element_ty), mask=inside)
         elif NOISE > 0:
-            corner = origin + tl.to_tensor(i).to(tl.int64) * pitch + j
+            corner = origin + tl.cast(i, tl.int64) * pitch + j
             value = _round(value, _noise(table, corner, pitch, ROWS, COLUMNS, NOISE))
         tl.store(at, value.to(w.dtype.element_ty), mask=inside)
 
@@ -772,7 +772,7 @@ def _average(kept, sums, tiles, length, elements, fresh, BLOCK: tl.constexpr):
     for tile in range(tiles):
         total += tl.load(own + tile * length, mask=at < length, other=0.0)
     past = tl.load(kept + at, mask=at < length, other=0.0)
-    mean = tl.div_rn(total, tl.to_tensor(elements).to(tl.float32)) + 1e-30
+    mean = tl.div_rn(total, tl.cast(elements, tl.float32)) + 1e-30
     tl.store(kept + at, past + fresh * (mean - past), mask=at < length)
 
 
@@ -786,7 +786,7 @@ def normalisers(table, finite, numbers, m, n, BLOCK: tl.constexpr):
     for first in range(0, m, BLOCK):
         row = first + tl.arange(0, BLOCK)
         total += tl.load(rows + row, mask=row < m, other=0.0)
-    root = tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), tl.to_tensor(m).to(tl.float32)))
+    root = tl.sqrt_rn(tl.div_rn(tl.sum(total, 0), tl.cast(m, tl.float32)))
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own = numbers + tl.program_id(1).to(tl.int64) * (m + n) + at
     tl.store(own, tl.div_rn(root, tl.sqrt_rn(tl.load(rows + at, mask=at < m, other=1.0))), mask=at < m)
@@ -894,7 +894,7 @@ def clip(sums, finite, kept, clips, m, n, tiles, threshold, TRANSFORM: tl.conste
     for first in range(0, tiles, BLOCK):
         tile = first + tl.arange(0, BLOCK)
         total += tl.load(own + tile, mask=tile < tiles, other=0.0).to(tl.float64)
-    size = tl.to_tensor(m).to(tl.float64) * n
+    size = tl.cast(m, tl.float64) * n
     longer = 1.0
     if TRANSFORM == "cautious":
         share = tl.load(kept + tl.program_id(1)).to(tl.float64) / size
@@ -906,7 +906,7 @@ def clip(sums, finite, kept, clips, m, n, tiles, threshold, TRANSFORM: tl.conste
 @triton.jit
 def _coded_tile(i, j, count, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Rows, columns, and which are there, of the j-th block of the i-th ROWS rows of (count, length)."""
-    row = tl.to_tensor(i).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.cast(i, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = j * BLOCK + tl.arange(0, BLOCK)[None, :]
     return row, column, (row < count) & (column < length)
 
@@ -991,7 +991,7 @@ def _keep(
 @triton.jit
 def _first(i, j, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Of a tile, the place of its first element where blocks' dimension is the last."""
-    return tl.to_tensor(i).to(tl.int64) * ROWS * length + j * BLOCK
+    return tl.cast(i, tl.int64) * ROWS * length + j * BLOCK
 
 
 @triton.jit
@@ -1121,7 +1121,7 @@ def coded_adam(
         _count(update * low > 0, kept)
         return
     if CAUTIOUS:
-        update = _cautious(update, update * low > 0, kept, tl.to_tensor(count).to(tl.float32) * length)
+        update = _cautious(update, update * low > 0, kept, tl.cast(count, tl.float32) * length)
     seed, step = _seed_and_step(table)
     of_mean = tl.load(table + 9 * tl.num_programs(1) + tl.program_id(1))
     of_square = tl.load(table + 10 * tl.num_programs(1) + tl.program_id(1))

@@ -122,4 +122,6 @@ def projects(name: str) -> bool:
 
 
 def _key(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} must be a string, one of adamw, {', '.join(OPTIMIZERS)} or projector+rule")
     return LONG_NAMES.get(name.lower(), name.lower())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine import SubspaceOptimizer
+from ..hyperparameters import demand
 from ..projectors import SVD, Projector, RandomProjection
 from ..rules import Apollo
 from ..types import Bases, Plan, State
@@ -73,9 +74,7 @@ class APOLLO(SubspaceOptimizer):
         compat: str | None = None,
         **options: Any,
     ) -> None:
-        for key, value, known in (("proj", proj, ("random", "svd")), ("scale_type", scale_type, ("channel", "tensor"))):
-            if value not in known:
-                raise ValueError(f"APOLLO: {key}={value!r} must be one of {', '.join(known)}")
+        demand(proj in ("random", "svd"), "APOLLO", "proj", proj, "one of random, svd")
         official = is_official(compat)
         rule = Apollo(scale_type=scale_type, growth=growth)
         if official:

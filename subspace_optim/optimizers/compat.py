@@ -47,5 +47,5 @@ class TorchStream(RandomProjection):
 
 def integers(seed: int, count: int) -> list[int]:
     """The first integers of torch's CPU generator with this seed, in [0, 2⁶³ - 1)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, torch.iinfo(torch.int64).max, (count,), generator=generator).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, torch.iinfo(torch.int64).max, (count,), generator=generator, device="cpu").tolist()

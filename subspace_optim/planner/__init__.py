@@ -99,6 +99,8 @@ def plan(
         *(checkpointing, layerwise, device, loss or causal_loss),
     )
     if budget is not None:
+        if not (projects(optimizer) or optimizer == "grams"):
+            raise ValueError(f"budget={budget!r} chooses ranks, and '{optimizer}' projects nothing; leave it out")
         given = [key for key in ("rank", *BITS) if key in options]
         if given:
             raise ValueError(f"budget={budget!r} chooses {', '.join(given)} itself; leave {given[0]} out")

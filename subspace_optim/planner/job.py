@@ -80,7 +80,7 @@ def causal_loss(model: nn.Module, batch: int, seq: int) -> Tensor:
         batch: sequences.
         seq: tokens of each.
     """
-    ids = torch.zeros(batch, seq + 1, dtype=torch.long)
+    ids = torch.zeros(batch, seq + 1, dtype=torch.long, device=next(model.parameters()).device)
     output = model(input_ids=ids[:, :-1])
     logits = getattr(output, "logits", output).float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

@@ -573,7 +573,7 @@ def _seen_before(
             return out
         workspace, likes = met[key]
         out = tree_map(empty, likes)
-        torch.empty(workspace, dtype=torch.uint8)
+        torch.empty(workspace, dtype=torch.uint8, device="cpu")
         return out
 
     return take

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from subspace_optim.pretrain.config import (
     check_numbers,
     flag,
     grow_to_fit,
+    path_of,
     resolve,
 )
 from subspace_optim.pretrain.display import Display, Muted, duration, size, table
-from subspace_optim.pretrain.files import storage_errors
+from subspace_optim.pretrain.files import claim, storage_errors
 from subspace_optim.pretrain.loop import Interrupted, Run, check_optimizer, introduce
 from subspace_optim.pretrain.model import find_device
 from subspace_optim.pretrain.planning import fit
@@ -54,15 +55,15 @@ def pretrain(given: Mapping[str, Any]) -> int:
         Diverged: Training broke down.
     """
     began = time.perf_counter()
-    with joined() as ranks:
-        return _pretrain(dict(given), ranks, began)
+    with joined() as ranks, ExitStack() as held:
+        return _pretrain(dict(given), ranks, began, held)
 
 
-def _pretrain(options: dict[str, Any], ranks: Ranks, began: float) -> int:
+def _pretrain(options: dict[str, Any], ranks: Ranks, began: float, held: ExitStack) -> int:
     quiet, plain = options.pop("quiet", False), options.pop("plain", False)
     display = Display(quiet=quiet, plain=plain) if ranks.first else Muted()
     with ranks.agreed():
-        run = _prepared(options, ranks, display, began)
+        run = _prepared(options, ranks, display, began, held)
     introduce(run)
     try:
         with _plain_words(run.config), _watched(run):
@@ -86,9 +87,9 @@ def _pretrain(options: dict[str, Any], ranks: Ranks, began: float) -> int:
     return 0
 
 
-def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: float) -> Run:
-    """A run that is ready to train, with a folder of its own or from a checkpoint."""
-    out = Path(options.pop("out")).expanduser() if "out" in options else None
+def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: float, held: ExitStack) -> Run:
+    """A run that is ready to train, with a folder of its own or from a checkpoint; `held` keeps others out of it."""
+    out = path_of("--out", options.pop("out")) if "out" in options else None
     overwrite = options.pop("overwrite", False)
     if "fit" in options and ranks.size > 1:
         raise UserError(
@@ -101,9 +102,9 @@ def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: fl
         if overwrite:
             raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
         named = options.pop("resume")
-        folder = ranks.decide(lambda: Path(named).expanduser() if named else out or _latest_run())
-        return _resumed(folder, options, ranks, display, began)
-    config, folder = ranks.decide(lambda: _settled(options, out, overwrite, display))
+        folder = ranks.decide(lambda: path_of("--resume", named) if named else out or _latest_run())
+        return _resumed(folder, options, ranks, display, began, held)
+    config, folder = ranks.decide(lambda: _settled(options, out, overwrite, display, held))
     config = ranks.accept(config)
     check(config)
     with _plain_words(config):
@@ -113,12 +114,31 @@ def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: fl
     return run
 
 
-def _settled(options: dict[str, Any], out: Path | None, overwrite: bool, display: Display) -> tuple[RunConfig, Path]:
+def _settled(
+    options: dict[str, Any], out: Path | None, overwrite: bool, display: Display, held: ExitStack
+) -> tuple[RunConfig, Path]:
     """The options of a new run, and its folder."""
     config = resolve(_fitted(options, display) if "fit" in options else settle(options))
-    folder = out or _free_folder(config)
-    _check_folder(folder, overwrite)
-    return config, folder
+    if out is None:
+        return config, _free_folder(config, held)
+    _hold("--out", out, held)
+    _check_folder(out, overwrite)
+    return config, out
+
+
+def _hold(option: str, folder: Path, held: ExitStack) -> None:
+    """Two runs in one folder would remove each other's checkpoints."""
+    if not _claimed(option, folder, held):
+        raise UserError(f"{option} {folder}: another process is training in it; wait until it ends, or choose another")
+
+
+def _claimed(option: str, folder: Path, held: ExitStack) -> bool:
+    """Whether the folder is this process's from now on, as long as `held` lasts."""
+    with storage_errors(option, folder, "choose a folder that can be written"):
+        lock = claim(folder)
+    if lock is not None:
+        held.enter_context(lock)
+    return lock is not None
 
 
 @contextmanager
@@ -178,7 +198,9 @@ def settle(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(data: Iterable[str]) -> tuple[str, ...]:
     """Paths that still hold when the run is resumed from another folder."""
-    return tuple(name if name.startswith("hf:") or name == STDLIB else str(Path(name).absolute()) for name in data)
+    return tuple(
+        name if name.startswith("hf:") or name == STDLIB else str(path_of("--data", name).absolute()) for name in data
+    )
 
 
 def program() -> str:
@@ -188,8 +210,11 @@ def program() -> str:
     return shlex.quote(sys.argv[0])
 
 
-def _resumed(named: Path, options: dict[str, Any], ranks: Ranks, display: Display, began: float) -> Run:
+def _resumed(
+    named: Path, options: dict[str, Any], ranks: Ranks, display: Display, began: float, held: ExitStack
+) -> Run:
     folder, state, facts = checkpoint.load_newest(named, display.warn)
+    ranks.decide(lambda: _hold("--resume", folder, held))
     config = ranks.accept(_same_run(RunConfig.from_dict(facts["config"]), options, folder))
     if config.steps < state["step"]:
         raise UserError(f"--steps {config.steps}: the checkpoint in {folder} is at step {state['step']} already")
@@ -225,10 +250,10 @@ def _latest_run() -> Path:
     return max(runs, key=lambda path: (path / checkpoint.FOLDER).stat().st_mtime)
 
 
-def _free_folder(config: RunConfig) -> Path:
+def _free_folder(config: RunConfig, held: ExitStack) -> Path:
     name = f"{Path(config.model).stem}-{config.optimizer}"
     candidates = [RUNS / name, *(RUNS / f"{name}-{number}" for number in range(2, 10_000))]
-    return next(folder for folder in candidates if not holds_run(folder))
+    return next(folder for folder in candidates if not holds_run(folder) and _claimed("--out", folder, held))
 
 
 def holds_run(folder: Path) -> bool:
@@ -243,7 +268,6 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
             "or choose another --out"
         )
     with storage_errors("--out", folder, "choose a folder that can be written"):
-        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.write_bytes(b"1")
         probe.unlink()

@@ -12,7 +12,7 @@ from typing import Any
 
 from subspace_optim.pretrain import checkpoint
 from subspace_optim.pretrain.command import RUNS, check, clear, holds_run, program, read_report, settle
-from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag, resolve
+from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag, path_of, resolve
 from subspace_optim.pretrain.display import MIB, Display, table
 from subspace_optim.pretrain.loop import stop_signals
 from subspace_optim.pretrain.report import draw_comparison, write_json
@@ -38,7 +38,7 @@ def compare(given: Mapping[str, Any]) -> int:
     options = dict(given)
     names = [ALIASES.get(name, name) for name in options.pop("optimizers")]
     display = Display(quiet=options.get("quiet", False), plain=options.get("plain", False))
-    out = Path(options.pop("out", RUNS / f"compare-{Path(options.get('model', 'tiny')).stem}")).expanduser()
+    out = path_of("--out", options.pop("out", f"{RUNS}/compare-{Path(options.get('model', 'tiny')).stem}"))
     overwrite = options.pop("overwrite", False)
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:

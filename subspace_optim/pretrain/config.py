@@ -282,6 +282,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for key in ("lr", "scale"):
         if key in values and not 0 < values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
+    if values.get("seed", 0) >= 2**63:
+        raise UserError(f"--seed {values['seed']}: must be below 2**63")
     if "vocab_size" in values and values["vocab_size"] < 257:
         raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
     if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
@@ -362,5 +364,22 @@ def grow_to_fit(free_bytes: int) -> dict[str, Any]:
 
 def cache_root() -> Path:
     """Where tokenizers and token streams are kept: ``$SUBSPACE_OPTIM_CACHE`` or ``~/.cache/subspace_optim``."""
-    named = os.environ.get("SUBSPACE_OPTIM_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "subspace_optim"
+    return path_of("SUBSPACE_OPTIM_CACHE", os.environ.get("SUBSPACE_OPTIM_CACHE") or "~/.cache/subspace_optim")
+
+
+def path_of(option: str, name: str) -> Path:
+    """A path as a person writes it, ~ being a home.
+
+    Args:
+        option: What names it.
+        name: The path.
+
+    Raises:
+        UserError: It is empty, as an unset variable of the shell is, or there is no such home.
+    """
+    if not name:
+        raise UserError(f"{option}: is empty; name a path, or leave {option} out")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{option} {name}: there is no such home directory here; write the path out") from error

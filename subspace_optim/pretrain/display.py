@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -12,6 +16,25 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 MIB = 1 << 20
+P = ParamSpec("P")
+
+
+def begin_output() -> None:
+    """From now on a stream that was closed leads nowhere, and what the encoding lacks becomes a question mark."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def end_output() -> None:
+    """What could not be written must not raise again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write(line: str = "") -> None:
@@ -27,8 +50,9 @@ def complain(kind: str, message: str) -> None:
         kind: "error" or "warning".
         message: What is wrong, where, and how to mend it; line breaks are folded away.
     """
-    sys.stderr.write(f"subspace-optim: {kind}: {' '.join(message.split())}\n")
-    sys.stderr.flush()
+    with suppress(OSError):  # there is no one left to tell
+        sys.stderr.write(f"subspace-optim: {kind}: {' '.join(message.split())}\n")
+        sys.stderr.flush()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -78,6 +102,17 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def _unheeded(show: Callable[Concatenate[Display, P], None]) -> Callable[Concatenate[Display, P], None]:
+    """A run goes on where its output cannot: the disk is full, the reader or the terminal gone."""
+
+    @wraps(show)
+    def shown(self: Display, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        with suppress(OSError):
+            show(self, *args, **kwargs)
+
+    return shown
+
+
 class Display:
     """Shows a run as it goes: a live panel on a terminal, otherwise a line now and then."""
 
@@ -88,6 +123,7 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @_unheeded
     def info(self, line: str) -> None:
         """Say what is going on, unless asked to be quiet."""
         if self.quiet:
@@ -97,6 +133,7 @@ class Display:
         else:
             write(line)
 
+    @_unheeded
     def result(self, line: str) -> None:
         """Say what came out, quiet or not."""
         write(line)
@@ -105,6 +142,7 @@ class Display:
         """Say on standard error what went wrong but was dealt with."""
         complain("warning", line)
 
+    @_unheeded
     def start(self, steps: int, done: int) -> None:
         """Open the live panel for the training loop.
 
@@ -127,6 +165,7 @@ class Display:
         self._live = Live(self._progress, refresh_per_second=4)
         self._live.start()
 
+    @_unheeded
     def step(self, step: int, shown: Mapping[str, str], *, line: bool) -> None:
         """Show where the run stands.
 
@@ -150,6 +189,7 @@ class Display:
         elif line and not self.quiet:
             write(f"step {step:>6}  " + "  ".join(f"{label} {value}" for label, value in shown.items()))
 
+    @_unheeded
     def stop(self) -> None:
         """Close the live panel and leave its last state on the screen."""
         if self._live is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from subspace_optim.pretrain.config import UserError
 
@@ -75,6 +77,29 @@ def write_text(target: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(target.parent)
+
+
+def claim(folder: Path) -> TextIO | None:
+    """Keep other processes out of a folder until this file is closed, or the process ends in whatever way.
+
+    A file system that has no locks keeps nobody out.
+
+    Args:
+        folder: The directory, made if it is not there.
+
+    Returns:
+        The file that holds the lock; None where another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
 
 
 def sweep(directory: Path) -> None:

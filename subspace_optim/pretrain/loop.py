@@ -28,6 +28,7 @@ from subspace_optim.pretrain.planning import plan_run
 from subspace_optim.pretrain.ranks import Ranks
 
 SKIPS_IN_A_ROW = 20
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _CURVE = ("step", "loss", "lr", "grad_norm", "step_seconds", "optimizer_seconds")
 
 
@@ -93,7 +94,9 @@ def lr_factor(update: int, steps: int, warmup: int, min_ratio: float) -> float:
 
 @contextmanager
 def stop_signals(pass_on: Callable[[int], None] | None = None, *, again: bool = True) -> Iterator[list[int]]:
-    """Collect the first Ctrl-C or SIGTERM instead of dying of it; a second one has its usual effect.
+    """Collect the first Ctrl-C, SIGTERM or SIGHUP instead of dying of it; a second one has its usual effect.
+
+    What the process was told to ignore (SIGHUP by nohup, Ctrl-C by a shell that put it in the background) stays so.
 
     Args:
         pass_on: Told of a SIGTERM, which unlike Ctrl-C in a terminal does not reach a child process by itself.
@@ -103,7 +106,8 @@ def stop_signals(pass_on: Callable[[int], None] | None = None, *, again: bool = 
         A list that holds the signal's number once it came.
     """
     caught: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -97,7 +97,8 @@ def peak_bytes(work: Callable[[], Any]) -> int:
         work: What BLAS and LAPACK allocate inside it is not seen.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    # acc_events changes nothing here; without it torch 2.11 warns of what a second cycle would lose.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         work()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))

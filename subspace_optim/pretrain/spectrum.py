@@ -12,7 +12,7 @@ from torch import nn
 
 import subspace_optim as so
 from subspace_optim.integrations.peft import save_adapter
-from subspace_optim.pretrain.config import UserError
+from subspace_optim.pretrain.config import UserError, path_of
 from subspace_optim.pretrain.display import table, write
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.report import write_json
@@ -28,7 +28,7 @@ def spectrum(given: Mapping[str, Any]) -> int:
         UserError: An option cannot be used.
     """
     options = dict(given)
-    folders = {option: Path(options.pop(option)).expanduser() for option in ("before", "after")}
+    folders = {option: path_of(f"--{option}", options.pop(option)) for option in ("before", "after")}
     export, rank, out = (options.pop(option, None) for option in ("export_lora", "rank", "json"))
     if (export is None) != (rank is None):
         raise UserError("--export-lora DIR: goes with --rank R, the rank of the adapter, and the other way round")
