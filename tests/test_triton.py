@@ -30,9 +30,9 @@ def test_under_the_interpreter():
 # fmt: off
 IN_TRITON_3_6 = {
     "abs", "arange", "atomic_add", "bfloat16", "cast", "cdiv", "constexpr", "div_rn", "dot", "exp", "float16",
-    "float32", "float64", "int32", "int64", "interleave", "join", "load", "max", "maximum", "minimum", "multiple_of",
-    "num_programs", "permute", "philox", "pointer_type", "program_id", "reshape", "split", "sqrt", "sqrt_rn",
-    "static_range", "store", "sum", "trans", "uint32", "uint8", "where", "zeros",
+    "float32", "float64", "int32", "int64", "interleave", "join", "load", "log", "max", "maximum", "minimum",
+    "multiple_of", "num_programs", "permute", "philox", "pointer_type", "program_id", "reshape", "split", "sqrt",
+    "sqrt_rn", "static_range", "store", "sum", "trans", "uint32", "uint8", "where", "zeros",
 }
 # fmt: on
 

@@ -507,7 +507,7 @@ def _apply_all(
 def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
     """See the reference; the step stays on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
-    minus_one = torch.tensor(-1.0, dtype=torch.float64)
+    minus_one = torch.tensor(-1.0, dtype=torch.float64, device="cpu")
     apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None, window=window)
 
 
