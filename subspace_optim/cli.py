@@ -234,6 +234,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--update-proj-gap", type=int, metavar="N", help="steps between refreshes of the projection")
     update.add_argument("--scale", type=float, metavar="X", help="of the projected update")
     update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
+    update.add_argument(
+        "--dense-lr", type=float, metavar="X", help="of embeddings, head, vectors (default: that of --lr)"
+    )
     update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
     update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")
     update.add_argument("--rounding", choices=ROUNDINGS, help="of bfloat16 weights (default: stochastic)")

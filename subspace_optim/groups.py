@@ -20,6 +20,7 @@ def param_groups(
     target: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     embedding_rank: int | float | None = None,
+    dense_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -38,6 +39,8 @@ def param_groups(
         exclude: names to leave dense, in the same form.
         embedding_rank: of embeddings and the output head, which are dense without it. Their scale is 1: they step as
             far as the dense tensors do.
+        dense_lr: learning rate of what is not the weight of a layer: embeddings, head, vectors; by default that of
+            the optimizer. With rank=None as well, where all is dense.
         weight_decay: of every matrix.
         **options: further keys of the projected groups: update_proj_gap, scale, proj_type, …
 
@@ -58,8 +61,9 @@ def param_groups(
         chosen = matching(targets, matrices, "target")
     excluded = matching(excludes, matrices, "exclude") if excludes else set()
     chosen -= excluded
+    layers: set[str] = set()  # which have the optimizer's learning rate though they are dense
     if rank is None:
-        chosen = set()
+        layers, chosen = set() if dense_lr is None else chosen, set()
     elif not chosen:
         raise ValueError(f"rank={rank!r}, but {type(model).__name__} has no layer to project; name some with target=…")
     stacked = {name for name in chosen if matrices[name].ndim == 3 and not isinstance(owners[name][1], _CONVOLUTIONS)}
@@ -69,13 +73,15 @@ def param_groups(
 
     ends = _ends(model, owners) & set(matrices) - chosen - excluded if embedding_rank is not None else set()
     dense = [name for name in owners if name not in chosen | ends]
-    own = {**options, "rank": embedding_rank, "scale": 1.0, "weight_decay": weight_decay}
+    rate = {} if dense_lr is None else {"lr": dense_lr}
+    own = {**options, "rank": embedding_rank, "scale": 1.0, "weight_decay": weight_decay, **rate}
     groups = [
         group((n for n in owners if n in chosen - stacked), rank=rank, weight_decay=weight_decay, **options),
         group((n for n in owners if n in stacked), rank=rank, weight_decay=weight_decay, batch_dims=1, **options),
         group((n for n in owners if n in ends), **own),
-        group((n for n in dense if n in matrices), rank=None, weight_decay=weight_decay),
-        group((n for n in dense if n not in matrices), rank=None, weight_decay=0.0),
+        group((n for n in dense if n in layers), rank=None, weight_decay=weight_decay),
+        group((n for n in dense if n in set(matrices) - layers), rank=None, weight_decay=weight_decay, **rate),
+        group((n for n in dense if n not in matrices), rank=None, weight_decay=0.0, **rate),
     ]
     return [entry for entry in groups if entry["params"]]
 

@@ -365,3 +365,20 @@ def test_embeddings_and_head_take_a_rank_of_their_own():
     assert [opt.plan_of(i, g["params"][0]).rank for i, g in enumerate(opt.param_groups)] == [4, 8, 0]
     with pytest.raises(ValueError, match="embedding_rank=8"):
         so.create(model, "adamw", embedding_rank=8)
+
+
+@pytest.mark.parametrize("name", ["galore", "adamw"])
+def test_what_is_no_layer_takes_a_learning_rate_of_its_own(name):
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    rank = {} if name == "adamw" else {"rank": 4}
+    opt = so.create(model, name, lr=0.25, dense_lr=0.5, **rank)
+    rates = {key: group["lr"] for group in opt.param_groups for key in group["param_names"]}
+    assert rates == {key: 0.25 if "_proj" in key else 0.5 for key, _ in model.named_parameters()}
+    assert len(so.create(model, "adamw").param_groups) == 2  # as it was: matrices and vectors
+    ends = so.create(model, "galore", lr=0.25, dense_lr=0.5, rank=4, embedding_rank=8).param_groups[1]
+    assert ends["rank"] == 8 and ends["lr"] == 0.5
+    with pytest.raises(ValueError, match=r"lr=-1.*≥ 0"):
+        so.create(model, name, dense_lr=-1.0)

@@ -158,6 +158,7 @@ REFUSED = [
     (["--lr", "nan"], "--lr nan", "above 0"),
     (["--lr", "fast"], "--lr", "fast"),
     (["--scale", "-1"], "--scale -1", "above 0"),
+    (["--dense-lr", "0"], "--dense-lr 0", "above 0"),
     (["--betas", "0.9", "1"], "--betas 1", "below 1"),
     (["--weight-decay", "-1"], "--weight-decay -1", "0 or more"),
     (["--clip", "inf"], "--clip inf", "0 or more"),

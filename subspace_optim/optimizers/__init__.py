@@ -50,6 +50,7 @@ def create(
     target: Any = None,
     exclude: Any = None,
     embedding_rank: int | float | None = None,
+    dense_lr: float | Tensor | None = None,
     **options: Any,
 ) -> SubspaceOptimizer:
     """Make an optimizer for a model, with its parameters in the right groups.
@@ -65,6 +66,7 @@ def create(
         target: see `param_groups`.
         exclude: see `param_groups`.
         embedding_rank: see `param_groups`.
+        dense_lr: see `param_groups`.
         **options: of the optimizer.
 
     Raises:
@@ -77,8 +79,8 @@ def create(
         rank = None if dense else _DEFAULT_RANK
     if rank is not None and dense and key != "grams":
         raise ValueError(f"rank={rank!r} has no meaning for '{name}', which projects nothing; leave it out")
-    chosen = {"target": target, "exclude": exclude, "embedding_rank": embedding_rank, "weight_decay": weight_decay}
-    groups = param_groups(model, rank, **chosen)  # type: ignore[arg-type]
+    chosen = {"target": target, "exclude": exclude, "embedding_rank": embedding_rank, "dense_lr": dense_lr}
+    groups = param_groups(model, rank, weight_decay=weight_decay, **chosen)  # type: ignore[arg-type]
     return cls(groups, lr=lr, weight_decay=weight_decay, **fixed, **options)
 
 

@@ -86,7 +86,7 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
     return row
 
 
-BEFORE = {"embedding_rank": None}  # what runs go by that were begun before an option existed
+BEFORE = {"embedding_rank": None, "dense_lr": None}  # what runs go by that were begun before an option existed
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class RunConfig:
     update_proj_gap: int | None
     scale: float | None
     lr: float
+    dense_lr: float | None
     weight_decay: float
     betas: tuple[float, float] | None
     state_bits: int
@@ -142,7 +143,8 @@ class RunConfig:
     @property
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments for ``subspace_optim.create``; what is None is left to the optimizer."""
-        optional = {key: getattr(self, key) for key in ("betas", "embedding_rank", "update_proj_gap", "scale")}
+        keys = ("betas", "dense_lr", "embedding_rank", "update_proj_gap", "scale")
+        optional = {key: getattr(self, key) for key in keys}
         return {
             "lr": self.lr,
             "weight_decay": self.weight_decay,
@@ -237,9 +239,9 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key in ("update_proj_gap", "scale", "lr"):
         values.setdefault(key, getattr(defaults, key))
     fixed: dict[str, Any] = {
-        "embedding_rank": None, "weight_decay": 0.0, "betas": None, "state_bits": 32, "basis_bits": 32,
-        "rounding": "stochastic", "dtype": "float32", "gradient_checkpointing": False, "compile": False,
-        "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
+        "embedding_rank": None, "dense_lr": None, "weight_decay": 0.0, "betas": None, "state_bits": 32,
+        "basis_bits": 32, "rounding": "stochastic", "dtype": "float32", "gradient_checkpointing": False,
+        "compile": False, "attention": "sdpa", "device": "cpu", "data": (), "text_key": "text", "tokenizer": "bpe",
         "warmup": max(1, values["steps"] // 10), "min_lr_ratio": 0.1, "clip": 1.0, "layerwise": "off",
         "parallel": "auto", "seed": 0, "eval_every": size.every, "save_every": size.every, "keep": 2, "watch": 0,
     }  # fmt: skip
@@ -279,8 +281,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for key in _NOT_NEGATIVE:
         if key in values and not 0 <= values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be 0 or more")
-    for key in ("lr", "scale"):
-        if key in values and not 0 < values[key] < math.inf:
+    for key in ("lr", "dense_lr", "scale"):
+        if values.get(key) is not None and not 0 < values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
     if values.get("seed", 0) >= 2**63:
         raise UserError(f"--seed {values['seed']}: must be below 2**63")
