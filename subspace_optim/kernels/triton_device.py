@@ -313,9 +313,9 @@ def _accumulate(
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
     DEPTH: tl.constexpr,
-    w=None,
-    numbers=None,
-    KIND: tl.constexpr = "whole",
+    w,
+    numbers,
+    KIND: tl.constexpr,
 ):
     """G Q for ROWS rows of G from o (left: Qᵀ G for as many columns) and RANK columns of Q from r."""
     if LEFT:
@@ -488,7 +488,7 @@ def fused(
     g = _at(table, 1, G, ALIGN)
     q = _at(table, 4, Q, ALIGN)
     o = tl.program_id(0) * ROWS
-    low = _accumulate(g, q, o, 0, m, n, rank, LEFT, DOT, ROWS, RANK, DEPTH)
+    low = _accumulate(g, q, o, 0, m, n, rank, LEFT, DOT, ROWS, RANK, DEPTH, None, None, "whole")
     rate = _rate(lr, LR)
     if LEFT:
         update = _advance_tile(
