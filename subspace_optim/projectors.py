@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
+from threading import RLock
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +25,9 @@ from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scal
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
-_switching = Lock()
-_inside: list[list[str]] = []  # of `exact_products`: what everyone found who has not left it
+_switching = RLock()
+_inside: set[object] = set()  # `exact_products`, by who has not left it
+_found: list[str] = []  # there, by the first one
 UNSET = -1  # state["age"] before the first refresh; afterwards the steps taken since the last one
 
 
@@ -278,21 +279,33 @@ class RandomProjection(Projector):
 def exact_products() -> Iterator[None]:
     """Matrix products of float32 in float32, whatever the process allows: TF32 or bfloat16 would ruin a basis.
 
-    Threads may be inside at a time: the last one to leave restores what the first one found.
+    Threads may be inside at a time: the last one to leave restores what the first one found, and a Ctrl-C at any line
+    does not keep it from that.
     """
     places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    with _switching:
-        _inside.append([place.fp32_precision for place in places])
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        yield
-    finally:
+    me = object()
+
+    def leave() -> None:
         with _switching:
-            allowed = _inside.pop()
+            _inside.discard(me)
             if not _inside:
-                for place, precision in zip(places, allowed, strict=True):
+                for place, precision in zip(places, _found):  # noqa: B905 - none were found by one that never entered
                     place.fp32_precision = precision
+                _found.clear()
+
+    try:
+        try:
+            with _switching:
+                if not _inside:
+                    _found[:] = [place.fp32_precision for place in places]
+                _inside.add(me)
+                for place in places:
+                    place.fp32_precision = "ieee"
+            yield
+        finally:
+            leave()
+    finally:
+        leave()  # for one that a Ctrl-C cut short
 
 
 def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:

@@ -14,6 +14,18 @@ settings.register_profile("thorough", parent=settings.get_profile("ci"), derando
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def precision() -> list[str]:
+    return [place.fp32_precision for place in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+
+@pytest.fixture(autouse=True)
+def the_precision_of_the_process_stays():
+    """A test that changed it would change what bfloat16 tests of the same worker compute, and not what they compare."""
+    found = precision()
+    yield
+    assert precision() == found
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under `-n`, a file is one worker's, so that what its tests share is made once; in the order of the collection."""

@@ -607,6 +607,25 @@ def test_ctrl_c_within_a_step_costs_no_more_than_the_step(cls, started, bits):
     assert interrupted
 
 
+def test_ctrl_c_in_a_refresh_leaves_the_precision_as_it_was():
+    """One that outlived it would change the products of a later step, and with them what a resume ends at."""
+    place = torch.backends.mkldnn.matmul
+    found, place.fp32_precision = place.fp32_precision, "bf16"
+
+    def refresh():
+        with exact_products():
+            assert place.fp32_precision == "ieee"
+
+    try:
+        left = []
+        while not Interrupt(1 + len(left)).during(refresh):
+            left.append(place.fp32_precision)
+        assert len(left) > 10
+        assert set(left) == {"bf16"}
+    finally:
+        place.fp32_precision = found
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_ctrl_c_between_two_moments_makes_no_step_larger(bits):
     """An M that has seen a gradient which V has not would step by their ratio: here by 600 times lr."""
