@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from subspace_optim import __version__
 from subspace_optim.pretrain.config import LAYERWISE, PARALLEL, Failure, UserError
 from subspace_optim.pretrain.display import begin_output, complain, end_output, table, write
 from subspace_optim.sizes import SIZES
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"subspace-optim {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     one = commands.add_parser(

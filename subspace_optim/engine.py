@@ -152,8 +152,8 @@ class SubspaceOptimizer(StatefulOptimizer):
         for key, value in (("rule", self.rule), ("dense_rule", self.dense_rule)):
             if not isinstance(value, Rule):
                 raise TypeError(f"{where}: {key}={value!r} must be a rule, such as Adam()")
-        self.stagger = stagger
-        self.seed = plain(seed)
+        self.stagger, self.seed = stagger, plain(seed)
+        demand(isinstance(stagger, bool), where, "stagger", stagger, "True or False")
         demand(is_whole(self.seed), where, "seed", seed, "an int")
         self.backend = backend
         self._skips, self._seats = {}, {}

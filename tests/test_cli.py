@@ -40,6 +40,7 @@ def test_help_and_backends_need_torch_alone():
         (["--help"], "pretrain"),
         (["pretrain", "--help"], "--update-proj-gap"),
         (["backends"], "available"),
+        (["--version"], f"subspace-optim {so.__version__}\n"),
     ):
         done = bare(*arguments)
         assert done.returncode == 0 and word in done.stdout, done.stderr

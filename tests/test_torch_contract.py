@@ -466,6 +466,7 @@ BAD_PARTS = {
     "dense_rule='adam' must be a rule": lambda p: so.GaLore(p, dense_rule="adam"),
     "seed=None must be an int": lambda p: so.GaLore(p, seed=None),
     "seed=0.5 must be an int": lambda p: so.Flora(p, seed=0.5),
+    "stagger='no' must be True or False": lambda p: so.GaLore(p, stagger="no"),
     "method='exakt' must be one of subspace, exact": lambda p: so.GaLore(p, svd="exakt"),
     "iterations=0 must be an int ≥ 1": lambda p: so.SubspaceOptimizer(p, so.SVD(iterations=0)),
     "kind='normal' must be one of orthonormal, gaussian, rademacher": lambda p: so.Flora(p, kind="normal"),
