@@ -118,11 +118,11 @@ def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path):
         killed_while(_SAVER, tmp_path, tuple(0.03 + 0.0031 * number + 0.001 * round_ for number in range(12)))
         _, loaded, _ = checkpoint.load_newest(tmp_path, warnings.append)
         assert all((tensor == loaded["step"]).all() for tensor in loaded["model"].values())
-        assert 1 <= len(steps_saved(tmp_path)) <= 3
         reached.append(loaded["step"])
     assert warnings == []
     assert reached == sorted(set(reached)) and reached[0] > 0
-    save(tmp_path, reached[-1] + 1)
+    save(tmp_path, reached[-1] + 1, keep=2)  # removes what kills between a save and its tidying have left
+    assert len(steps_saved(tmp_path)) == 2
     assert not list((tmp_path / checkpoint.FOLDER).glob(".partial-*"))
 
 
