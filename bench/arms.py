@@ -17,7 +17,7 @@ MODELS = {  # hidden, intermediate, layers, vocabulary, rank: LLaMA as GaLore ha
     "130m": (768, 2048, 12, 32000, 256),
     "1b": (2048, 5461, 24, 32000, 512),
 }
-METHODS = ("adamw", "grams", "galore", "osd", "flora", "gradnormlorp")
+METHODS = ("adamw", "grams", "galore", "osd", "flora", "gradnormlorp", "apollo")
 LR = 1e-4
 NEVER = 10**9  # a gap that no run reaches
 BASELINE = "torch AdamW fused"

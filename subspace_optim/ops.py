@@ -121,6 +121,9 @@ _define(
     lambda grads: grads[0].new_empty(len(grads), dtype=torch.float64),
 )
 
+# Without a default kernel: philox.py has the words in torch ops.
+_define("words_(Tensor(a!) out, int[] seeds) -> ()", None, lambda *_: None)
+
 _define(
     "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step, "
     "int begin) -> ()",

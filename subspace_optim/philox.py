@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import _ext
+
 _MASK = 0xFFFFFFFF
 _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
 _Word = TypeVar("_Word", int, Tensor)
@@ -66,28 +68,39 @@ def _rounds(seed: Any, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Wor
     return x0, x1, x2, x3
 
 
-def normal(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal numbers in float64 (Box–Muller), so that rounding to float32 hides the devices' libm."""
-    count = math.prod(shape)
-    words = _words(seed, count, device).double()
-    radius = ((words[:2] + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()
-    angle = (words[2:] + 0.5) * (2 * math.pi * 2.0**-32)
-    return torch.cat((radius * angle.cos(), radius * angle.sin())).T.reshape(-1)[:count].view(shape)
+def normal(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers of every seed in float64 (Box–Muller), so that float32 hides the devices' libm."""
+    uniform = _blocks(seeds, math.prod(shape), device).double().add_(0.5).mul_(2.0**-32)
+    radius, angle = (uniform[..., at].contiguous() for at in (slice(2), slice(2, 4)))
+    radius.log_().mul_(-2).sqrt_()
+    angle.mul_(2 * math.pi)
+    return _cut(torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=-1), shape)
 
 
-def signs(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """±1 with equal chance, in float64."""
-    count = math.prod(shape)
-    return (_words(seed, count, device) & 1).mul(2).sub(1).T.reshape(-1)[:count].view(shape).double()
+def signs(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """±1 of every seed with equal chance, in float64."""
+    return _cut((_blocks(seeds, math.prod(shape), device) & 1).mul_(2).sub_(1), shape).double()
 
 
 def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
     """32-bit words of every seed, shape (len(seeds), count)."""
-    return _words(integers(seeds, device).unsqueeze(-1), count, device).movedim(0, -1).flatten(1)[:, :count]
+    return _cut(_blocks(seeds, count, device), (count,))
 
 
-def _words(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
-    return philox(seed, torch.arange((count + 3) // 4, device=device), 0, 0, _BASIS)
+def _cut(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As many numbers of every seed's blocks as the shape has."""
+    return blocks.flatten(1)[:, : math.prod(shape)].reshape(len(blocks), *shape)
+
+
+def _blocks(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Words of every seed by blocks of four, (len(seeds), blocks, 4)."""
+    blocks = (count + 3) // 4
+    if device.type == "cpu" and _ext.load() is None:
+        out = torch.empty((len(seeds), blocks, 4), dtype=torch.int64, device=device)
+        torch.ops.subspace_optim.words_(out, list(seeds))
+        return out
+    counters = torch.arange(blocks, device=device)
+    return philox(integers(seeds, device).unsqueeze(-1), counters, 0, 0, _BASIS).movedim(0, -1)
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scal
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
+_DRAWN = 2**23  # entries of random bases drawn at once on a GPU, with ten times as many bytes to work in
 _switching = RLock()
 _inside: set[object] = set()  # `exact_products`, by who has not left it
 _found: list[str] = []  # there, by the first one
@@ -272,7 +273,8 @@ class RandomProjection(Projector):
         if self.kind == "orthonormal":
             return random_bases(seeds, shape, device)
         draw = philox.signs if self.kind == "rademacher" else philox.normal
-        return [draw(seed, shape, device) * shape[-1] ** -0.5 for seed in seeds]
+        parts = (draw(at, shape, device).mul_(shape[-1] ** -0.5) for at in _parts(seeds, shape, device))
+        return [q for part in parts for q in part.unbind()]
 
 
 @contextmanager
@@ -313,13 +315,21 @@ def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.dev
 
     Ten times cheaper than to orthonormalise Gaussian columns, and as good a sketch (arXiv 0909.4061, 4.6).
     """
+    return [q for at in _parts(seeds, shape, device) for q in _random_bases(at, shape, device).unbind()]
+
+
+def _random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     d, r = shape
     words = philox.words(seeds, 2 * d, device)
     signs = (words[:, :d] & 1).mul(2).sub(1).double()
     columns = words[:, d:].argsort(stable=True)[:, :r].double()
-    at_once = 1 if device.type == "cpu" else len(signs)  # a basis in the cache, or few launches
-    parts = (slice(begin, begin + at_once) for begin in range(0, len(signs), at_once))
-    return [q for at in parts for q in _cosines(columns[at], d).mul_(signs[at].unsqueeze(-1)).unbind()]
+    return _cosines(columns, d).mul_(signs.unsqueeze(-1))
+
+
+def _parts(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Sequence[int]]:
+    """Seeds whose bases are drawn at once: on a CPU a basis in the cache, on a GPU few launches."""
+    at_once = 1 if device.type == "cpu" else max(1, _DRAWN // math.prod(shape))
+    return (seeds[begin : begin + at_once] for begin in range(0, len(seeds), at_once))
 
 
 def _cosines(k: Tensor, d: int) -> Tensor:

@@ -8,6 +8,7 @@
 
 namespace sso {
 
+constexpr uint32_t kRounding = 0, kBasis = 1;  // streams of random words, as in philox.py
 constexpr int64_t kChunk = 1024;  // elements worked on at a time: their buffers stay in the first-level cache
 
 enum class Dtype { float32, float64, bfloat16, float16 };
@@ -83,6 +84,8 @@ struct Kernels {
 struct Table {
   const char* isa;
   bool multiplies_bfloat16;  // faster than float32: set by dispatch.cpp
+  // The words of the blocks [begin, end) of a seed, from which bases are drawn.
+  void (*words)(uint64_t seed, int64_t begin, int64_t end, int64_t* out);
   // Rows [begin, end) of x into codes, by a stream stochastically, without one to nearest.
   void (*encode)(const Coded&, const float* x, const Stream*, int64_t begin, int64_t end);
   void (*decode)(const Coded&, float* x, int64_t begin, int64_t end);

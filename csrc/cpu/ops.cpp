@@ -674,6 +674,20 @@ Tensor grad_max_op(Tensors grads) {
   return out;
 }
 
+void words_op(Tensor out, std::vector<int64_t> seeds) {
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() && out.dim() == 3 && out.size(2) == 4,
+                  "words are int64, by contiguous blocks of four");
+  check(out.size(0) == static_cast<int64_t>(seeds.size()));
+  const int64_t blocks = out.size(1);
+  int64_t* data = out.mutable_data_ptr<int64_t>();
+  const auto loop = kernels().words;
+  for (size_t i = 0; i < seeds.size(); ++i) {
+    torch::stable::parallel_for(0, blocks, kGrain * kChunk / 4, [&](int64_t begin, int64_t end) {
+      loop(static_cast<uint64_t>(seeds[i]), begin, end, data + i * 4 * blocks);
+    });
+  }
+}
+
 // The rows of a tensor (axis -1) or of its transpose (axis -2), their codes and scales.
 Coded coded(const Tensor& codes, const Tensor& scales, const Tensor& table, int64_t axis, int64_t length) {
   const bool packed = table.numel() <= 16, columns = axis == -2;
@@ -787,6 +801,7 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));
   m.impl("compressed_adafactor_", TORCH_BOX(&sso::compressed_adafactor_op));
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
+  m.impl("words_", TORCH_BOX(&sso::words_op));
   m.impl("encode_", TORCH_BOX(&sso::encode_op));
   m.impl("decode", TORCH_BOX(&sso::decode_op));
   m.impl("coded_adam_", TORCH_BOX(&sso::coded_adam_op));
