@@ -82,7 +82,7 @@ _define(
 
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
-    "float weight_decay, float scale, int side, bool sign, int[] window, int products=0) -> ()",
+    "float weight_decay, float scale, int side, bool sign, int[] window, Tensor[] factors, int products=0) -> ()",
     _decoded(reference.apply_),
     lambda *_: None,
 )
@@ -119,6 +119,12 @@ _define(
     "grad_max(Tensor[] grads) -> Tensor",
     reference.grad_max,
     lambda grads: grads[0].new_empty(len(grads), dtype=torch.float64),
+)
+
+_define(
+    "line_norms(Tensor[] grads, int dim, ScalarType dtype) -> Tensor[]",
+    reference.line_norms,
+    lambda grads, dim, dtype: [grad.new_empty(grad.sum(dim, keepdim=True).shape, dtype=dtype) for grad in grads],
 )
 
 # Without a default kernel: philox.py has the words in torch ops.

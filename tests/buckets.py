@@ -188,6 +188,39 @@ def assert_compensated_alike(kernel, dtype, *whats, device="cpu"):
         assert sum((a != b).sum() for a, b in zip(mine[0], theirs[0])) <= 0.002 * 2 * 24 * 40, what
 
 
+LINES = [((1, 9), 1), ((33, 17), 0), ((70, 270), 1), ((24, 40), 0), ((24, 40), None)]  # shapes; what factors are one of
+
+
+def assert_scaled_alike(kernel, dtype, device="cpu"):
+    """Lengths of rows and columns, and W moved by G times a factor for each: rounded, compensated, some left alone.
+
+    A product of three rounds in an order of its own: bfloat16 and float16 may be the next number in one of 500.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    close = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 2e-4)
+    for (shape, dim), rate in zip(
+        LINES, (RATE, torch.tensor([0.5, 0.7, 0.2]), RATE, RATE, torch.tensor(0.7)), strict=True
+    ):
+        params, grads, *_, steps = bucket(shape, None, None, dtype, count=3, device=device)
+        for along in (-1, -2):
+            lengths = [each.line_norms(grads, along, wide) for each in (kernel, reference)]
+            assert [x.shape for x in lengths[0]] == [x.shape for x in lengths[1]]
+            assert error(*lengths) < (1e-14 if wide == torch.float64 else 1e-6)
+        sizes = [1 if dim is None or dim != axis else size for axis, size in enumerate(shape)]
+        factors = [torch.randn(sizes, device=device, dtype=wide) for _ in grads]
+        rests = [(param * 2.0**-10).to(dtype) for param in params]
+        flags = some_unusable((params, grads))
+        for seeds in ((), (2**62 + 1, 7, 8), rests)[: 3 if dtype.itemsize == 2 else 1]:
+            mine, theirs, unharmed = twice((params, grads, factors, steps, rests))
+            for each, (w, g, f, k, own) in ((kernel, mine), (reference, theirs)):
+                given = own if seeds is rests else seeds
+                each.apply_(w, g, [], k, given, rate, 0.1, 0.5, None, finite=flags, factors=f)
+            assert unharmed()
+            assert error(mine[0], theirs[0]) < close
+            assert error(mine[0], params) > 1e-2
+            assert torch.equal(mine[0][1], params[1]), "what its flag says no of moved"
+
+
 def twice(lists, pad=3):
     """Two copies of lists of tensors; the first between canaries, whose check is the third result.
 

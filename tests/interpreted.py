@@ -14,6 +14,7 @@ from buckets import (
     assert_coded_rows_alike,
     assert_compensated_alike,
     assert_left_alone,
+    assert_scaled_alike,
     bucket,
     coded_bucket,
     error,
@@ -366,6 +367,11 @@ def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
         results.append(mine[0])
     for fused, two in zip(*results):
         assert torch.equal(fused, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lines_are_measured_and_scaled(dtype):
+    assert_scaled_alike(kernels, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -18,6 +18,7 @@ from buckets import (
     assert_coded_rows_alike,
     assert_compensated_alike,
     assert_left_alone,
+    assert_scaled_alike,
     bucket,
     coded_bucket,
     error,
@@ -374,6 +375,11 @@ def test_parts_are_rounded_as_the_whole(side, part, halves, request):
         request.getfixturevalue("two_halves")
     mine, wanted = part_and_whole(kernels, side, *part)
     assert all(map(torch.equal, mine, wanted))
+
+
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_lines_are_measured_and_scaled(dtype):
+    assert_scaled_alike(kernels, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

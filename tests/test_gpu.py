@@ -8,6 +8,7 @@ import torch
 from buckets import (
     assert_coded_alike,
     assert_compensated_alike,
+    assert_scaled_alike,
     bucket,
     coded_bucket,
     error,
@@ -227,6 +228,11 @@ def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
                 bounds = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
                 assert error(mine[0], theirs[0]) < bounds[dtype]
             assert unharmed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lines_are_measured_and_scaled(dtype, kernels):
+    assert_scaled_alike(kernels, dtype, device=GPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

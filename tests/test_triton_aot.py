@@ -30,6 +30,7 @@ REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
+INTEGERS += ("width", "row_step", "column_step")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 FLOATS = ("signed", "unsigned", "lengths", "numbers", "squares", "clips", "sums", "row_sums", "column_sums")
 TYPES |= {"kept": "*i64", "tiles": "i32"} | dict.fromkeys(FLOATS, "*fp32")
@@ -48,6 +49,7 @@ COMMON = {
     "COUNT": False,
     "SIGN": False,
     "EPS_INSIDE": False,
+    "FACTORS": False,
     "ADAM": True,
     "APPLY": True,
 }
@@ -91,6 +93,7 @@ def variants(capability):
     for noise in (8, 1, -1):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
         yield f"elementwise, noise {noise}", device.elementwise, what
+        yield f"elementwise, factors, noise {noise}", device.elementwise, what | {"ADAM": False, "FACTORS": True}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}

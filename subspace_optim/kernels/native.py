@@ -23,6 +23,7 @@ __all__ = [
     "decode",
     "encode_",
     "grad_max",
+    "line_norms",
     "project",
     "projected_adam_",
     "transform_",
@@ -59,6 +60,11 @@ def _products() -> int:
 def grad_max(grads: list[Tensor]) -> Tensor:
     """The largest |g| of every gradient, as float64; NaN if it has one."""
     return _ops.grad_max(grads)
+
+
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """One pass, without a copy of half-precision gradients."""
+    return _ops.line_norms(grads, dim, dtype)
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -105,14 +111,16 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """Every W is read and written once."""
     if finite is not None:
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
+        reference.apply_(params, updates, bases, steps, *how)
         return
     _ops.apply_(
         *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, window),
-        _products(),
+        *(factors, _products()),
     )
     _written(params)
 

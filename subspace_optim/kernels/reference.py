@@ -1,11 +1,12 @@
 """Every step the library takes, in torch ops over the lists of a bucket: the ground truth for all other kernels.
 
+    line_norms    lengths of the rows or of the columns of G
     project       R = G Q            right      G (m, n)  Q (n, r)  R (m, r)
                   R = Pᵀ G           left       P (m, r)            R (r, n)
                   R = Pᵀ G Q         both                           R (r, r)
                   R = G              dense (no bases)
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
-    apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
+    apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project; or of a dense N times factors
     encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
@@ -39,6 +40,11 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     if grads[0].device.type == "cpu":
         return torch.stack([peak(grad, torch.float64) for grad in grads])
     return torch.stack(list(torch._foreach_norm(grads, math.inf))).double()
+
+
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Lengths, in `dtype`, of the rows (dim -1) of every matrix, (m, 1), or of its columns (dim -2), (1, n)."""
+    return [torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype) for grad in grads]
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -137,12 +143,13 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
 
     Args:
         params: W, written in place.
-        updates: N, in the low-rank space.
+        updates: N, in the low-rank space; with factors of any of the dtypes of gradients.
         bases: flat, as for `project`.
         steps: 0-d, the tensors' step counts: with `seeds`, the counters of the rounding.
         seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest; a tensor for each is what rounding
@@ -154,9 +161,11 @@ def apply_(
         sign: take the sign after the back-projection (Lion).
         window: which elements of whole tensors these are, which are rounded as the whole.
         finite: see above.
+        factors: what the rows (m, 1), the columns (1, n) or all (1, 1) of every dense N are multiplied by.
     """
     if finite is not None:
-        params, updates, bases, steps, seeds = taken(finite, params, updates, bases, steps, seeds)
+        columns = (params, updates, bases, steps, seeds, factors)
+        params, updates, bases, steps, seeds, factors = taken(finite, *columns)
         lr = taken_rates(finite, lr)
     rates = lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
@@ -168,7 +177,7 @@ def apply_(
                 param.mul_(decay)
             _add_back_(param, update, own, side, factor)
             continue
-        moved = back(update, own, side)
+        moved = update * factors[i] if factors else back(update, own, side)
         _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None, window)
 
 
@@ -239,6 +248,14 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
 def rests(seeds: Seeds) -> list[Tensor]:
     """Those that are tensors (Kahan)."""
     return [seed for seed in seeds if isinstance(seed, Tensor)]
+
+
+def lines_of(factors: Sequence[Tensor], matrix: Tensor) -> tuple[int, int, int]:
+    """As kernels find a factor: elements of a row, and how far apart the factors of two rows, or columns, are."""
+    if not factors:
+        return 1, 0, 0
+    rows, columns = factors[0].shape
+    return matrix.shape[-1], int(rows > 1), int(columns > 1)
 
 
 def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:

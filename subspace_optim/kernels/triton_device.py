@@ -240,6 +240,9 @@ def elementwise(
     origin,
     columns,
     pitch,
+    width,
+    row_step,
+    column_step,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -248,6 +251,7 @@ def elementwise(
     COUNT: tl.constexpr,
     APPLY: tl.constexpr,
     SIGN: tl.constexpr,
+    FACTORS: tl.constexpr,
     GRAMS: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     EPS_INSIDE: tl.constexpr,
@@ -256,7 +260,8 @@ def elementwise(
 ):
     """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N. NOISE: see _noise.
 
-    COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written.
+    COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written. FACTORS: N is
+    multiplied by those of its row of `width` and of its column, which are so many steps apart.
     """
     if _left_alone(finite):
         return
@@ -282,6 +287,9 @@ def elementwise(
     if APPLY:
         if SIGN:
             update = _sign(update)
+        if FACTORS:
+            own = i // width * row_step + i % width * column_step
+            update *= tl.load(_at(table, 7, tl.float32, 4) + own, mask=inside, other=0.0)
         rate, weight = _rate(lr, LR), tl.load(out, mask=inside).to(tl.float32)
         if NOISE < 0:
             rest = _at(table, 6, OUT, ALIGN) + i
