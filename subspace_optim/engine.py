@@ -560,9 +560,9 @@ class SubspaceOptimizer(StatefulOptimizer):
         hyper = _hyper(work.group, plan)
         workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
         rule = self.rule if plan.side else self.dense_rule
-        compensates = rule.compensates and hasattr(work.kernel, "COMPENSATES") and not self.observer.listens
-        for part in storage.parts(work.bucket, rule.takes_codes, workspace, compensates):
-            bucket = storage.opened(part, work.kernel, rule.takes_codes, compensates)
+        alone = compensates(rule, work.kernel) and not self.observer.listens
+        for part in storage.parts(work.bucket, rule.takes_codes, workspace, alone):
+            bucket = storage.opened(part, work.kernel, rule.takes_codes, alone)
             self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket, work.kernel)
         for entry in work.entries:
@@ -659,6 +659,11 @@ class SubspaceOptimizer(StatefulOptimizer):
             plan, name = plan_for(param, self.param_groups[index]), name_in(self.param_groups[index], i)
             for j in plan.members:
                 yield self._stream(plan, position, j), name if plan.stack is None else f"{name}[{j}]", plan
+
+
+def compensates(rule: Rule, kernel: Kernel) -> bool:
+    """Whether the kernel alone knows what rounding takes from a parameter (Kahan), of which no wide copy is made."""
+    return rule.compensates and hasattr(kernel, "COMPENSATES")
 
 
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:

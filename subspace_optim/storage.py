@@ -374,9 +374,7 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bo
         workspace: bytes that stepping one matrix takes beside what is opened.
         compensates: of its rule and its kernel.
     """
-    plan = replace(bucket.plan.whole, compensated=bucket.plan.compensated and not compensates)
-    opens = 0 if is_plain(plan) else open_bytes(plan, takes_codes)  # the same on every rank
-    each = opens + workspace
+    each = open_bytes(bucket.plan.whole, takes_codes, compensates) + workspace  # the same on every rank
     most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
     at_once = max(1, most // each) if each else max(1, len(bucket))
     for begin in range(0, len(bucket), at_once):
@@ -384,15 +382,20 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bo
         yield bucket if len(members) == len(bucket) else bucket.part(list(members))
 
 
-def open_bytes(plan: Plan, takes_codes: bool) -> int:
+def open_bytes(plan: Plan, takes_codes: bool, compensates: bool) -> int:
     """What stepping one matrix decodes: its moments, its bases, and its parameter if that is compensated.
 
     A rule that takes codes needs moments decoded when they change their basis, and has R and N of their size otherwise.
+
+    Args:
+        plan: of the matrix.
+        takes_codes: of its rule.
+        compensates: of its rule and its kernel.
     """
     coded = codecs(plan)
     shapes = [plan.low_shape] * (2 * ("exp_avg" in coded and (plan.side is not None or not takes_codes)))
     shapes += [shape for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True) if key in coded]
-    shapes += [plan.matrix] * plan.compensated
+    shapes += [plan.matrix] * (plan.compensated and not compensates)
     return plan.state_dtype.itemsize * sum(map(math.prod, shapes))
 
 
