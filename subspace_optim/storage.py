@@ -352,8 +352,8 @@ class Opened(dict[str, Any]):
 def _open(plan: Plan, states: Sequence[State], keys: Iterable[str], kernel: Any) -> list[State]:
     """The states, of one plan and alike, with these keys decoded where they are kept as codes."""
     out: list[State] = [Opened(state) for state in states]
-    for key, codec in codecs(plan).items():
-        if key in states[0] and key in keys:
+    for key, codec in codecs(plan).items() if out else ():
+        if key in out[0] and key in keys:
             codes, scales = [state[key] for state in out], [state.pop(f"{key}_scale") for state in out]
             for state, x in zip(out, codec.decode(codes, scales, plan.state_dtype, kernel), strict=True):
                 state[key] = x

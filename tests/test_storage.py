@@ -496,6 +496,11 @@ def test_a_basis_that_learns_goes_where_float32_has_it_go():
     assert not torch.equal(nibble[0], nibble[-1])
 
 
+def test_a_rank_without_a_matrix_of_a_stack_decodes_nothing():
+    plan = make_plan((3, 24, 16), torch.float32, CPU, 4, batch_dims=1, basis_bits=8)
+    assert storage.with_bases(plan, [], reference) == []
+
+
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
 @pytest.mark.parametrize("projector", [so.SVD(), so.OnlinePCA()], ids=["svd", "pca"])
 def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
