@@ -408,7 +408,7 @@ class Sharded:
     def __init__(self, kernel: Any, sharding: Sharding) -> None:
         self._kernel, self._sharding = kernel, sharding
         # These work on every element, or every row of the low-rank space, by itself.
-        self.back, self.encode_, self.decode = kernel.back, kernel.encode_, kernel.decode
+        self.back, self.encode_, self.decode_ = kernel.back, kernel.encode_, kernel.decode_
         self.line_norms = kernel.line_norms  # of the parts of lines that are here
 
     def grad_max(self, grads: list[Tensor]) -> Tensor:

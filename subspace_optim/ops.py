@@ -131,12 +131,17 @@ _define(
 _define("words_(Tensor(a!) out, int[] seeds) -> ()", None, lambda *_: None)
 
 _define(
-    "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step, "
-    "int begin) -> ()",
+    "encode_(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor table, int axis, int[] seeds, "
+    "Tensor[] steps, int begin) -> ()",
     reference.encode_,
     lambda *_: None,
 )
 
+_define(
+    "decode_(Tensor(a!)[] xs, Tensor[] codes, Tensor[] scales, Tensor table, int axis) -> ()",
+    reference.decode_,
+    lambda *_: None,
+)
 
 _define(
     "coded_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor[] tables, "
@@ -144,19 +149,6 @@ _define(
     "float eps, float weight_decay, float scale, int transform, bool eps_inside) -> ()",
     _decoded(reference.coded_adam_),
     lambda *_: None,
-)
-
-
-def _fake_decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-    shape = list(codes.shape)
-    shape[axis] = length
-    return codes.new_empty(shape, dtype=dtype)
-
-
-_define(
-    "decode(Tensor codes, Tensor scales, Tensor table, int axis, int length, ScalarType dtype) -> Tensor",
-    reference.decode,
-    _fake_decode,
 )
 
 _ext.load()

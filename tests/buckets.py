@@ -48,7 +48,7 @@ def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
         codec = storage.Codec(kind, bits, axis, shape[axis])
         for x in moments:
             pair = [torch.zeros(s, dtype=t, device=device) for s, t in zip(codec.shapes(shape), (torch.uint8, x.dtype))]
-            codec.encode_(x, *pair)
+            codec.encode_([x], *([own] for own in pair))
             codes.append(pair[0])
             scales.append(pair[1])
     return params, grads, codes, scales, steps
@@ -78,6 +78,29 @@ def update_coded(kernel, lists, axis, bits, transform="none", begin=0):
     ]
     first, second = moments[: len(lows)], moments[len(lows) :]
     return storage.Coding(kernel).adam_update_(lows, first, second, steps, 0.8, 0.95, 1e-3, transform)
+
+
+def assert_codes_alike(kernel, codec, shape, seeds, begin, dtype=torch.float32, pad=16, device="cpu"):
+    """encode_ and decode_ of a list, with the bits of the reference; seeds: three, or none."""
+    xs = [torch.randn(shape, device=device) * torch.logspace(-20, 3, shape[-1], device=device) for _ in range(3)]
+    for x in xs:
+        x[0] = 0
+        x[1].mul_(1e-42)
+    xs = [(x.abs() if codec.kind == "unsigned" else x).to(dtype) for x in xs]
+    steps = [torch.tensor(70000.0 + i, device=device) for i in range(len(seeds))]
+    codes, scales = codec.shapes(shape)
+    code, scale = torch.full(codes, 77, dtype=torch.uint8, device=device), torch.zeros(scales, device=device)
+    mine, theirs, unharmed = twice([[code] * 3, [scale] * 3], pad)
+    for each, kept in ((kernel, mine), (reference, theirs)):
+        codec.encode_(xs, *kept, seeds, steps, each, begin)
+    assert all(torch.equal(a, b) for pair in zip(mine, theirs) for a, b in zip(*pair))
+    assert unharmed()
+    for wide in (torch.float32, torch.bfloat16, torch.float64):
+        (mine,), (wanted,), unharmed = twice([[x.to(wide) for x in xs]], pad)
+        for each, given in ((kernel, mine), (reference, wanted)):
+            codec.decode_(given, *theirs, each)
+        assert all(map(torch.equal, mine, wanted))
+        assert unharmed()
 
 
 def assert_coded_alike(mine, theirs):
@@ -148,11 +171,11 @@ def step_coded_lengths(kernel, lists, side, bits, transform="none", seeds=(), fi
         for i, x in enumerate(column):
             shapes = zip(codec.shapes(x.shape), (torch.uint8, x.dtype))
             codes, scales = (torch.zeros(s, dtype=t, device=x.device) for s, t in shapes)
-            codec.encode_(x, codes, scales)
+            codec.encode_([x], [codes], [scales])
             coded.append(storage.Coded(codec, codes, scales, 2**40 + i, 0))
         kept.append(coded)
     step_lengths(storage.Coding(kernel), (params, grads, *kept, *lengths, bases, steps), side, transform, seeds, finite)
-    return [own.decoded(reference, torch.float32) for column in kept for own in column]
+    return [x for column in kept for x in storage.decoded(column, reference, torch.float32)]
 
 
 def compensated(kernel, what, dtype, device="cpu"):

@@ -783,28 +783,37 @@ void over_rows(const Coded& c, const F& f) {
   });
 }
 
-void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis, std::optional<int64_t> seed,
-               Tensor step, int64_t origin) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
-  const Coded c = coded(codes, scales, table, axis, x.size(x.dim() + axis));
-  STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
-  const float* data = wide.const_data_ptr<float>();
-  const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
-  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, {origin}};
+// No seeds: to nearest.
+void encode_op(Tensors xs, Tensors codes, Tensors scales, Tensor table, int64_t axis, std::vector<int64_t> seeds,
+               Tensors steps, int64_t origin) {
+  check(codes.size() == xs.size() && scales.size() == xs.size());
+  check(seeds.empty() || (seeds.size() == xs.size() && steps.size() == xs.size()));
   const auto loop = kernels().encode;
-  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(xs[i], ScalarType::Float));
+    const Coded c = coded(codes[i], scales[i], table, axis, xs[i].size(xs[i].dim() + axis));
+    STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
+    const float* data = wide.const_data_ptr<float>();
+    Stream stream{0, 0, {origin}};
+    if (!seeds.empty()) stream = {static_cast<uint64_t>(seeds[i]), static_cast<uint32_t>(value(steps[i])), {origin}};
+    const Stream* random = seeds.empty() ? nullptr : &stream;
+    over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, random, begin, end); });
+  }
 }
 
-Tensor decode_op(Tensor codes, Tensor scales, Tensor table, int64_t axis, int64_t length, ScalarType dtype) {
-  const Coded c = coded(codes, scales, table, axis, length);
-  const auto sizes = codes.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape[shape.size() + axis] = length;
-  const Tensor out = torch::stable::new_empty(codes, shape, ScalarType::Float);
-  float* data = out.mutable_data_ptr<float>();
+void decode_op(Tensors xs, Tensors codes, Tensors scales, Tensor table, int64_t axis) {
+  check(codes.size() == xs.size() && scales.size() == xs.size());
   const auto loop = kernels().decode;
-  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
-  return torch::stable::to(out, dtype);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    Tensor x = xs[i];
+    const bool own = x.scalar_type() == ScalarType::Float && x.is_contiguous();
+    const Tensor wide = own ? x : torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
+    const Coded c = coded(codes[i], scales[i], table, axis, x.size(x.dim() + axis));
+    STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
+    float* data = wide.mutable_data_ptr<float>();
+    over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
+    if (!own) torch::stable::copy_(x, wide);
+  }
 }
 
 // Moments come flat: all the first ones, then all the second ones.
@@ -872,6 +881,6 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
   m.impl("words_", TORCH_BOX(&sso::words_op));
   m.impl("encode_", TORCH_BOX(&sso::encode_op));
-  m.impl("decode", TORCH_BOX(&sso::decode_op));
+  m.impl("decode_", TORCH_BOX(&sso::decode_op));
   m.impl("coded_adam_", TORCH_BOX(&sso::coded_adam_op));
 }

@@ -55,6 +55,16 @@ CodedGroup coded_group_of(const uint64_t* table, int64_t count, int members, int
   return group;
 }
 
+KeptGroup kept_group_of(const uint64_t* table, int64_t count, int members, int64_t first) {
+  KeptGroup group{};
+  const uint64_t* row = table + first;
+  for (int i = 0; i < members; ++i, ++row) {
+    group.x[i] = reinterpret_cast<void*>(row[0]);
+    group.kept[i] = {reinterpret_cast<uint8_t*>(row[count]), reinterpret_cast<float*>(row[2 * count])};
+  }
+  return group;
+}
+
 Layout layout(int64_t rows, int64_t length, int columns, int packed) {
   int width = 1;
   while (width < kScaled / kRun && width * kRun < length) width *= 2;
@@ -306,26 +316,34 @@ SSO_API sso_project_normalised(int64_t count, const uint64_t* table, int left, i
   });
 }
 
-// x (rows, length), or its transpose where `columns`, to codes and scales; `values`: of the table. To nearest, or by the
-// stream (seed, step) from `begin` on. What is packed has two codes to a byte.
-SSO_API sso_encode(const void* x, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
-                   int64_t length, int columns, int packed, int stochastic, uint64_t seed, const void* step,
-                   int64_t begin, void* stream) {
+// x (rows, length), or its transpose where `columns`, to codes and scales; what is packed has two codes to a byte. The
+// table is of five rows: the addresses of x, codes, scales and step counts, and seeds; `values` are those of the codes. To
+// nearest, or by the streams (seed, step) from `begin` on.
+SSO_API sso_encode(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed, int type,
+                   const void* values, int value_count, int stochastic, int64_t begin, void* stream) {
   const Layout l = layout(rows, length, columns, packed);
   if (l.tiles() == 0) return 0;
-  return launch(encode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, x, static_cast<Type>(type),
-                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
-                Values{static_cast<const float*>(table), values}, stochastic != 0, seed,
-                static_cast<const float*>(step), begin);
+  return over_groups(count, [&](int members, int64_t first) {
+    KeptGroup group = kept_group_of(table, count, members, first);
+    for (int i = 0; i < members; ++i) {
+      group.step[i] = reinterpret_cast<const float*>(table[3 * count + first + i]);
+      group.seed[i] = table[4 * count + first + i];
+    }
+    return launch(encode, grid(l.tiles(), members), kThreads, sizeof(Shared), stream, group, static_cast<Type>(type), l,
+                  Values{static_cast<const float*>(values), value_count}, stochastic != 0, begin);
+  });
 }
 
-SSO_API sso_decode(void* out, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
-                   int64_t length, int columns, int packed, void* stream) {
+// Back from the first three rows of such a table.
+SSO_API sso_decode(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed, int type,
+                   const void* values, int value_count, void* stream) {
   const Layout l = layout(rows, length, columns, packed);
   if (l.tiles() == 0) return 0;
-  return launch(decode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, out, static_cast<Type>(type),
-                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
-                Values{static_cast<const float*>(table), values});
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(decode, grid(l.tiles(), members), kThreads, sizeof(Shared), stream,
+                  kept_group_of(table, count, members, first), static_cast<Type>(type), l,
+                  Values{static_cast<const float*>(values), value_count});
+  });
 }
 
 // See CodedHow. The table is of nine rows: the addresses of outputs, inputs, codes of the first and of the second

@@ -30,14 +30,14 @@ from torch.utils.dlpack import from_dlpack
 from ..philox import ALL, Window, stochastic_round_
 from ..types import Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode, encode_, grad_max, line_norms, project, transform_, write_
+from .reference import back, coded_adam_, decode_, encode_, grad_max, line_norms, project, transform_, write_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
     "coded_adam_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
     "line_norms",

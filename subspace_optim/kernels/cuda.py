@@ -10,7 +10,7 @@
     blend     Flora: D = (1-β₁)U + β₁back(M), once for its root mean square and once to write W; `normalisers` before it
               are what makes G to U, and `project_normalised` after it averages M
     coded     dense, or R that is there already, on moments kept as codes: decoded, advanced, coded again and W or N
-              written in one pass; encode and decode are of one tensor
+              written in one pass; encode, and decode, its inverse
 
 Up to sixty-four tensors share a launch. Nothing here waits for the device, and a step can be captured in a CUDA graph.
 
@@ -44,7 +44,7 @@ __all__ = [
     "coded_adam_",
     "coded_adam_update_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
     "line_norms",
@@ -81,8 +81,8 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "normalisers": "lpiiidppppp",
     "blend": "lpiiiiidiidpppp",
     "project_normalised": "lpiiiiipdpp",
-    "encode": "pipppilliiiuplp",
-    "decode": "pipppilliip",
+    "encode": "lplliiipiilp",
+    "decode": "lplliiipip",
     "coded": "lplliipipiliiiiddilipp",
 }
 
@@ -770,34 +770,35 @@ def _layout(like: Tensor, table: Tensor, axis: int) -> tuple[int, int, bool, boo
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """See the reference, whose bits these are."""
-    x = (x if x.dtype in TYPES else x.float()).contiguous()
-    count = step.to(torch.float32)
+    xs = [(x if x.dtype in TYPES else x.float()).contiguous() for x in xs]
+    counts, zeros = [step.float() for step in steps], [0] * len(xs)
+    numbers = _numbers(*map(_addresses, (xs, codes, scales)), _addresses(counts) or zeros, seeds or zeros)
     _launch(
-        *("encode", x.device, x.data_ptr(), TYPES.index(x.dtype), codes.data_ptr(), scales.data_ptr()),
-        *(table.data_ptr(), len(table), *_layout(x, table, axis), seed is not None, seed or 0, count.data_ptr(), begin),
+        *("encode", xs[0].device, len(xs), numbers, *_layout(xs[0], table, axis), TYPES.index(xs[0].dtype)),
+        *(table.data_ptr(), len(table), bool(seeds), begin),
     )
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """See the reference, whose bits these are."""
-    shape = list(codes.shape)
-    shape[axis] = length
-    out = torch.empty(shape, dtype=dtype if dtype in TYPES else torch.float32, device=codes.device)
+    if xs[0].dtype not in TYPES:
+        reference.decode_(xs, codes, scales, table, axis)
+        return
+    numbers = _numbers(*map(_addresses, (xs, codes, scales)))
     _launch(
-        *("decode", out.device, out.data_ptr(), TYPES.index(out.dtype), codes.data_ptr(), scales.data_ptr()),
-        *(table.data_ptr(), len(table), *_layout(out, table, axis)),
+        *("decode", xs[0].device, len(xs), numbers, *_layout(xs[0], table, axis), TYPES.index(xs[0].dtype)),
+        *(table.data_ptr(), len(table)),
     )
-    return out.to(dtype)
 
 
 def coded_adam_(

@@ -20,7 +20,7 @@ __all__ = [
     "back",
     "coded_adam_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
     "line_norms",
@@ -224,17 +224,17 @@ def compressed_adafactor_(
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """The bits of the reference, in one pass."""
-    _ops.encode_(x, codes, scales, table, axis, seed, step, begin)
+    _ops.encode_(xs, codes, scales, table, axis, seeds, steps, begin)
 
 
 def coded_adam_(
@@ -272,9 +272,9 @@ def coded_adam_(
     _written(params)
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """The bits of the reference, in one pass."""
-    return _ops.decode(codes, scales, table, axis, length, dtype)
+    _ops.decode_(xs, codes, scales, table, axis)
 
 
 def _written(params: Iterable[Tensor]) -> None:

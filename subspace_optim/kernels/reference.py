@@ -7,7 +7,7 @@
                   R = G              dense (no bases)
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project; or of a dense N times factors
-    encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
+    encode_       x ≈ scale·table[code] by blocks of x, and decode_ back: see storage.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
 Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
@@ -364,7 +364,7 @@ def coded_adam_(
             transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
             first = begin + at.start * length
             for x, (code, unit, stream), table in reversed([*zip(moments, kept, tables, strict=True)]):  # V before M
-                encode_(x, code[at], unit[at], table, -1, stream, steps[i], first)
+                encode_([x], [code[at]], [unit[at]], table, -1, [stream], [steps[i]], first)
             seed = seeds[i] if seeds else None
             seed = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed
             _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, Window(first))
@@ -385,69 +385,71 @@ def _advanced(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """N and R of some rows, and their moments after the step."""
     low = grads[at].to(step.dtype)
-    pairs = zip(kept, tables, strict=True)
-    first, second = (decode(code[at], unit[at], table, -1, low.shape[1], low.dtype) for (code, unit, _), table in pairs)
+    first, second = moments = [low.new_empty(low.shape) for _ in tables]
+    for x, (code, unit, _), table in zip(moments, kept, tables, strict=True):
+        decode_([x], [code[at]], [unit[at]], table, -1)
     (update,) = adam_update_([low], [first], [second], [step.clone()], beta1, beta2, eps, "none", eps_inside)
-    return update, low, [first, second]
+    return update, low, moments
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
-    """Write the codes and scales of x, rounded up or down with the odds that make the expectation exact.
+    """Write the codes and scales of tensors of one shape, rounded so that the expectation is exact, or to nearest.
 
     Args:
-        x: any dtype; coded in float32.
+        xs: any dtype; coded in float32.
         codes: uint8, the shape of x, or half as many along `axis` where the table has at most 16 values.
         scales: float32, one for every block.
         table: ascending values in [-1, 1].
         axis: that blocks run along: -1, or -2 of a matrix.
-        seed: element i of x, the blocks' dimension last, uses half-word begin + i of the stream (seed, step); None
+        seeds: element i of x, the blocks' dimension last, uses half-word begin + i of the stream (seed, step); empty
             rounds to nearest.
-        step: 0-d.
-        begin: where x begins in a tensor of which it is a part.
+        steps: 0-d, one for every seed.
+        begin: where each x begins in a tensor of which it is a part.
     """
-    length, gaps = x.shape[axis], table.diff()
-    for at in _chunks(x, axis):
-        wide = rows(x, axis)[at].float().contiguous()
-        spare = -length % BLOCK if length > BLOCK else 0
-        blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
-        scale = blocks.abs().amax(-1)
-        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0)  # what is smaller has no inverse
-        divisor = torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
-        unit = (blocks / divisor).flatten(1)[:, :length].contiguous()
-        low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
-        odds: float | Tensor = 0.5
-        if seed is not None:
-            odds = uniform(seed, step, begin + at.start * length, unit.numel(), x.device).view_as(unit)
-        code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
-        if len(table) <= 16:
-            pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
-            code = pairs[..., 0] | pairs[..., 1] << 4
-        rows(codes, axis)[at] = code
-        rows(scales, axis)[at] = scale
+    gaps = table.diff()
+    for i, (x, code_of, scale_of) in enumerate(zip(xs, codes, scales, strict=True)):
+        length = x.shape[axis]
+        for at in _chunks(x, axis):
+            wide = rows(x, axis)[at].float().contiguous()
+            spare = -length % BLOCK if length > BLOCK else 0
+            blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
+            scale = blocks.abs().amax(-1)
+            scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0)  # what is smaller has no inverse
+            divisor = torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
+            unit = (blocks / divisor).flatten(1)[:, :length].contiguous()
+            low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
+            odds: float | Tensor = 0.5
+            if seeds:
+                first = begin + at.start * length
+                odds = uniform(seeds[i], steps[i], first, unit.numel(), x.device).view_as(unit)
+            code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
+            if len(table) <= 16:
+                pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
+                code = pairs[..., 0] | pairs[..., 1] << 4
+            rows(code_of, axis)[at] = code
+            rows(scale_of, axis)[at] = scale
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-    """The tensor that was coded, in `dtype`; `length` is its size along `axis`."""
-    shape = list(codes.shape)
-    shape[axis] = length
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    for at in _chunks(out, axis):
-        code, scale = rows(codes, axis)[at], rows(scales, axis)[at]
-        if len(table) <= 16:
-            code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
-        rows(out, axis)[at] = table[code.int()].mul_(scale)
-    return out
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
+    """Write the tensors that were coded into `xs`, contiguous and of one shape."""
+    for x, code_of, scale_of in zip(xs, codes, scales, strict=True):
+        length = x.shape[axis]
+        for at in _chunks(x, axis):
+            code, scale = rows(code_of, axis)[at], rows(scale_of, axis)[at]
+            if len(table) <= 16:
+                code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
+            if scale.shape[1] > 1:
+                scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+            rows(x, axis)[at] = table[code.int()].mul_(scale)
 
 
 def rows(x: Tensor, axis: int) -> Tensor:

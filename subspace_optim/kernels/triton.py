@@ -34,7 +34,7 @@ __all__ = [
     "coded_adam_",
     "coded_adam_update_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
     "line_norms",
@@ -866,46 +866,59 @@ def _blend(
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """See the reference, whose bits these are."""
-    tensors = [reference.rows(tensor, axis) for tensor in (x, codes, scales)]
-    count, length = tensors[0].shape
-    shape = _coded_blocks(length)
-    _start(
-        kernels.encode,
-        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
-        *(*tensors, table, step, 0 if seed is None else seed, begin, count, length, *_strides(tensors)),
+    xs = [(x if x.dtype in _TYPES else x.float()).contiguous() for x in xs]
+    counts = [step.float() for step in steps]
+    _start_codes(
+        *(kernels.encode, xs, codes, scales, table, axis, seeds, counts),
+        begin=begin,
         LAST=len(table) - 2,
         TINY=_TINY,
-        NOISE=0 if seed is None else _coded_noise(length, begin),
-        PACKED=len(table) <= 16,
-        **shape,
+        NOISE=_coded_noise(xs[0].shape[axis], begin) if seeds else 0,
     )
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """See the reference, whose bits these are."""
-    whole = list(codes.shape)
-    whole[axis] = length
-    out = torch.empty(whole, dtype=dtype, device=codes.device)
-    tensors = [reference.rows(tensor, axis) for tensor in (out, codes, scales)]
-    count, shape = len(tensors[0]), _coded_blocks(length)
+    if xs[0].dtype not in _TYPES:
+        reference.decode_(xs, codes, scales, table, axis)
+        return
+    _start_codes(kernels.decode, xs, codes, scales, table, axis)
+
+
+def _start_codes(
+    kernel,
+    xs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    values: Tensor,
+    axis: int,
+    seeds: Seeds = (),
+    steps: Sequence[Tensor] = (),
+    **how: Any,
+) -> None:
+    table = _table(xs, codes, steps=steps, seeds=seeds, further=_addresses(scales))
+    tensors = [reference.rows(tensor, axis) for tensor in (xs[0], codes[0], scales[0])]
+    (count, length), shape = tensors[0].shape, _coded_blocks(xs[0].shape[axis])
     _start(
-        kernels.decode,
-        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
-        *(*tensors, table, count, length, *_strides(tensors)),
-        PACKED=len(table) <= 16,
+        kernel,
+        (triton.cdiv(count, shape["ROWS"]) * triton.cdiv(length, shape["BLOCK"]), len(xs)),
+        *(table.on_device, values, count, length, *_strides(tensors)),
+        X=_TYPES[xs[0].dtype],
+        ALIGN=table.align,
+        PACKED=len(values) <= 16,
+        **how,
         **shape,
     )
-    return out
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[int]:
