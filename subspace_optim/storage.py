@@ -425,11 +425,11 @@ def decode_moments_(bucket: Bucket, kernel: Any) -> None:
 
 
 def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
-    """Write back what has been opened, but for the bases."""
+    """Write back what has been opened, but for the bases and their moments."""
     plan = bucket.plan
     if is_plain(plan):
         return
-    _keep_(stepped, kernel, [key for key in codecs(plan) if key not in plan.basis_keys])
+    _keep_(stepped, kernel, MOMENTS[::-1])  # an interrupt between V and M makes no step larger
     for kept, state in zip(bucket.states, stepped.states, strict=True):
         kept.update({key: value for key, value in state.items() if isinstance(value, int)})
     if stepped.params is not bucket.params:
@@ -441,30 +441,35 @@ def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
 
 def settle_bases_(bucket: Bucket, kernel: Any) -> None:
     """Make new bases what their codes say, so that R and W see the very basis that is kept; rounds to nearest."""
-    for codec, key, _, state in _coded(bucket, bucket.plan.basis_keys):
+    for codec, key, _, state, _ in _coded(bucket, bucket.plan.basis_keys):
         codes, scales = state.kept[key], state.kept[f"{key}_scale"]
         codec.encode_(state[key], codes, scales, kernel=kernel)
         state[key].copy_(codec.decode(codes, scales, state[key].dtype, kernel))
 
 
 def keep_bases_(bucket: Bucket, kernel: Any) -> None:
-    """Write back bases that have moved a little; rounds stochastically, or they would stay where they are."""
-    _keep_(bucket, kernel, bucket.plan.basis_keys)
+    """Write back bases that have moved a little, and their moments; to nearest, they would stay where they are."""
+    _keep_(bucket, kernel, [key for key in codecs(bucket.plan) if key not in MOMENTS])
 
 
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     """Rounded as the whole tensor would be: its shards take their places in one stream."""
-    for codec, key, stream, state in _coded(bucket, keys):
-        tensors, seed = (state[key], state.kept[key], state.kept[f"{key}_scale"]), _seed(stream, key)
+    for codec, key, stream, state, finite in _coded(bucket, keys):
+        kept = (state.kept[key], state.kept[f"{key}_scale"])
+        codes, scales = kept if finite is None else map(torch.empty_like, kept)
+        tensors, seed = (state[key], codes, scales), _seed(stream, key)
         runs = _runs(bucket.plan, key, codec, state[key].shape)
         if len(runs) == 1:
             codec.encode_(*tensors, seed, state["step"], kernel, runs[0][0] * codec.length)
-            continue
-        rows, at = [reference.rows(x, codec.axis) for x in tensors], 0
-        for begin, count in runs:
-            x, codes, scales = (tensor[at : at + count] for tensor in rows)
-            replace(codec, axis=-1).encode_(x, codes, scales, seed, state["step"], begin=begin * codec.length)
-            at += count
+        else:
+            rows, at = [reference.rows(x, codec.axis) for x in tensors], 0
+            for begin, count in runs:
+                x, code, scale = (tensor[at : at + count] for tensor in rows)
+                replace(codec, axis=-1).encode_(x, code, scale, seed, state["step"], begin=begin * codec.length)
+                at += count
+        if finite is not None:
+            pairs = zip((codes, scales), kept, strict=True)
+            torch._foreach_copy_(kept, [torch.where(finite, new, old) for new, old in pairs])
 
 
 def _seed(stream: int, key: str) -> int:
@@ -478,11 +483,11 @@ def _runs(plan: Plan, key: str, codec: Codec, shape: Sequence[int]) -> tuple[tup
     return plan.sharding.runs(tuple(sizes), tuple(axes))
 
 
-def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:
-    """Those of the keys that are coded, for every member that has them decoded, with its stream."""
+def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened, Tensor | None]]:
+    """Those of the keys that are coded, for every member that has them decoded, with its stream and its flag."""
     coded = codecs(bucket.plan)
     for key in keys:
-        for state, stream in zip(bucket.states, bucket.streams, strict=True) if key in coded else ():
-            if isinstance(state.get(key), Tensor):
+        for state, stream, finite in zip(bucket.states, bucket.streams, bucket.flags, strict=True):
+            if key in coded and isinstance(state.get(key), Tensor):
                 assert isinstance(state, Opened)
-                yield coded[key], key, stream, state
+                yield coded[key], key, stream, state, finite
