@@ -144,6 +144,10 @@ def arms(size, params, backends):
     rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=NEVER, lr=LR, backend=backend, stagger=False)
     rows.step()
     yield f"rank {rank} {backend}, GradNormLoRP", rows.step, "gradnormlorp", rank, 32
+    learns = so.OnlineSubspaceDescent(params, rank=rank, lr=LR, backend=backend)
+    learns.step()
+    yield f"rank {rank} {backend}, OnlineSubspaceDescent", learns.step, "osd", rank, 32
+    yield f"rank {rank} {backend}, OnlineSubspaceDescent, graph of a step", captured(learns), "osd", rank, 32
     for bits in (32, 8):  # with kept bases, as GaLore has them
         kept = so.SVD(rank, update_proj_gap=NEVER)
         opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)

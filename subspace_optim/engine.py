@@ -231,7 +231,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     @property
     def ordinary_steps(self) -> float:
-        """How many of the coming steps renew no basis; math.inf if none ever will.
+        """How many of the coming steps neither renew nor re-orthonormalise a basis; math.inf if none ever will.
 
         Tensors that have neither a basis nor a gradient yet are left out, unless no tensor has a basis.
         """
@@ -241,12 +241,13 @@ class SubspaceOptimizer(StatefulOptimizer):
             if plan.side is None:
                 continue
             assert self.projector is not None
-            for member in member_states(plan, state) if state else [{"age": UNSET}]:
-                if member["age"] != UNSET:
-                    left.append(group["update_proj_gap"] - member["age"] if self.projector.periodic else math.inf)
-                elif param.grad is not None or param in self.lows or not self.state:
-                    left.append(0)
-        return max(0, min(left))
+            begins = param.grad is not None or param in self.lows or not self.state
+            left += [
+                self.projector.ordinary_steps(member, group["update_proj_gap"])
+                for member in (member_states(plan, state) if state else [{"age": UNSET}])
+                if begins or member["age"] != UNSET
+            ]
+        return min(left)
 
     def replayed(self, steps: int = 1) -> None:
         """Count steps that replays of a CUDA graph have taken, so that refreshes come when they are due.
@@ -540,14 +541,17 @@ class SubspaceOptimizer(StatefulOptimizer):
 
     def _is_ordinary(self, bucket: Bucket, group: dict[str, Any]) -> bool:
         """Whether the kernel alone decides what it leaves as it is: nothing else in the step depends on it."""
-        plan, projector = bucket.plan, self.projector
+        plan = bucket.plan
         rule = self.rule if plan.side else self.dense_rule
         if not rule.skips or self.observer.listens or not storage.steps_in_place(plan, rule.takes_codes):
             return False
-        if plan.side is None:
-            return True
+        return plan.side is None or self._keeps_bases(bucket, group)
+
+    def _keeps_bases(self, bucket: Bucket, group: dict[str, Any]) -> bool:
+        """Whether this step makes no basis anew."""
+        projector, gap = self.projector, group["update_proj_gap"]
         assert projector is not None
-        return not projector.learns and not self._due(bucket, group)
+        return bucket.projected or all(projector.ordinary_steps(state, gap) > 0 for state in bucket.states)
 
     def _due(self, bucket: Bucket, group: dict[str, Any]) -> list[int]:
         """The members whose bases this step renews."""
@@ -583,10 +587,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         with self.observer.step(self.rule, bucket, kernel):
             self.rule.step_(seen, hyper, kernel)
         if self.projector.learns:
-            changes = self.projector.advance_(plan, bucket.states, bucket.grads, lows, _lr_ratio(group), kernel)
+            moved, changes = self.projector.advance_(bucket, lows, _lr_ratio(group), kernel)
             if changes is not None:
-                self.rule.carry_(plan, bucket.states, changes, hyper)
-            storage.keep_bases_(bucket, kernel)
+                self.rule.carry_(plan, moved.states, changes, hyper)
+            storage.keep_bases_(moved, kernel)
         for state in bucket.states:
             _grow_older(state)
 
@@ -600,7 +604,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         assert projector is not None
         due = self._due(bucket, group)
         bucket.bases = projector.bases(plan, bucket.states)
-        if due or projector.learns:
+        if not self._keeps_bases(bucket, group):
             storage.decode_moments_(bucket, kernel)
         if self.rule.looks_behind:
             stale = set(due)
@@ -667,9 +671,8 @@ def compensates(rule: Rule, kernel: Kernel) -> bool:
 
 
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:
-    lr = group["lr"]
     return Hyper(
-        lr=lr.reshape(()) if isinstance(lr, Tensor) else scalar(lr),
+        lr=_number(group["lr"]),
         betas=tuple(group["betas"]),
         eps=group["eps"],
         weight_decay=group["weight_decay"],
@@ -690,8 +693,13 @@ def _grow_older(state: State) -> None:
         state["age"] += 1
 
 
-def _lr_ratio(group: dict[str, Any]) -> float:
+def _number(value: float | Tensor) -> Tensor:
+    """0-d, where it is."""
+    return value.reshape(()) if isinstance(value, Tensor) else scalar(value)
+
+
+def _lr_ratio(group: dict[str, Any]) -> Tensor:
     """The learning rate over its peak, where a scheduler has told it; at most 1, as not all of them do."""
-    lr = float(group["lr"])
-    peak = max(float(group.get("initial_lr", lr)), float(group.get("max_lr", 0.0)))
-    return min(lr / peak, 1.0) if peak > 0 else 0.0
+    lr = _number(group["lr"]).double()
+    peak = torch.maximum(_number(group.get("initial_lr", lr)), _number(group.get("max_lr", 0.0)))
+    return (lr / peak).nan_to_num_(nan=0.0).clamp_(max=1)

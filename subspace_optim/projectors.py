@@ -1,7 +1,7 @@
 """Projectors: which subspace a gradient is seen in. Each is a frozen dataclass of hyperparameters and owns no tensor.
 
 A projector says what it stores (`init`), renews the bases of a bucket's members (`refresh_`), hands them out
-(`bases`) and may learn from every gradient (`advance_`). Both `refresh_` and `advance_` return the changes of basis
+(`bases`) and may learn from every gradient (`advance_`). Both `refresh_` and `advance_` return changes of basis
 c = Q_oldᵀ Q_new, by which the rule carries its moments.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from . import philox
 from .distributed import WHOLE, Sharding
 from .hyperparameters import are_betas, demand, is_number, is_whole
 from .kernels import reference
-from .types import Bases, Change, Plan, Side, State, change_of_basis, peak, scalar
+from .types import Bases, Bucket, Change, Plan, Side, State, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
@@ -65,9 +65,13 @@ class Projector:
         }
         return {"age": UNSET, **bases}
 
+    def ordinary_steps(self, state: State, gap: int) -> float:
+        """How many steps leave the basis to the kernels, before one that makes it anew; math.inf if none ever does."""
+        return 0 if state["age"] == UNSET else max(0, gap - state["age"])
+
     def due(self, state: State, gap: int) -> bool:
         """Whether this step begins with a refresh."""
-        return bool(state["age"] == UNSET or state["age"] >= gap)
+        return self.ordinary_steps(state, gap) == 0
 
     def refresh_(
         self, plan: Plan, states: Sequence[State], grads: Sequence[Tensor], seeds: Sequence[int]
@@ -80,16 +84,20 @@ class Projector:
         return [tuple(state[key] for key in plan.basis_keys) for state in states]
 
     def advance_(
-        self,
-        plan: Plan,
-        states: Sequence[State],
-        grads: Sequence[Tensor],
-        lows: Sequence[Tensor],
-        lr_ratio: float,
-        kernel: Any,
-    ) -> list[Change] | None:
-        """Learn from the gradients after the parameters have been written; `lows` are their R where there is one."""
-        return None
+        self, bucket: Bucket, lows: list[Tensor], lr_ratio: Tensor, kernel: Any
+    ) -> tuple[Bucket, list[Change] | None]:
+        """Learn from the gradients after the parameters have been written.
+
+        Args:
+            bucket: as the rule has stepped it; where its `finite` is given, the host does not wait for the device.
+            lows: R of every member, which is used up; empty where there is none.
+            lr_ratio: the learning rate over its peak, 0-d, where the learning rate is.
+            kernel: a module with the functions of kernels/reference.py.
+
+        Returns:
+            The members whose bases have moved, and their changes of basis where the moments have to follow.
+        """
+        raise NotImplementedError
 
     def workspace(self, plan: Plan) -> int:
         """Bytes for each matrix that a whole step holds beside the state."""
@@ -361,7 +369,8 @@ class OnlinePCA(SVD):
         basis_betas: of Adam on the basis.
         basis_weight_decay: decoupled, of the basis.
         orth_lambda: weight of the penalty ‖QᵀQ - I‖².
-        retract_every: steps between re-orthonormalisations, which leave back(M) as it is; None for never.
+        retract_every: steps between re-orthonormalisations, which leave back(M) as it is; None for never. The host
+            counts them by `age`, so that no device is waited for: those whose gradient taught nothing count as well.
 
     Source: arXiv 2408.12857.
     """
@@ -394,77 +403,91 @@ class OnlinePCA(SVD):
         """The bases and Adam's moments on them."""
         state = super().init(plan, seed)
         moments = {f"{key}_{name}": torch.zeros_like(state[key]) for key in plan.basis_keys for name in _BASIS_MOMENTS}
-        return state | {"basis_step": 0} | moments
+        return state | {"basis_step": torch.zeros((), dtype=plan.state_dtype, device=plan.device)} | moments
+
+    def ordinary_steps(self, state: State, gap: int) -> float:
+        """Those before a retraction."""
+        if state["age"] == UNSET:
+            return 0
+        return math.inf if self.retract_every is None else -state["age"] % self.retract_every
 
     def due(self, state: State, gap: int) -> bool:
         """Only once."""
         return bool(state["age"] == UNSET)
 
     def workspace(self, plan: Plan) -> int:
-        """R is kept from the step to `advance_`."""
-        return plan.state_dtype.itemsize * math.prod(plan.low_shape)
+        """R is kept from the step to `advance_`, which makes four tensors of the size of a basis at a time."""
+        longest = max(d for d, _ in plan.basis_shapes)
+        return plan.state_dtype.itemsize * plan.rank * (sum(plan.matrix) + 3 * longest)
 
     def advance_(
-        self,
-        plan: Plan,
-        states: Sequence[State],
-        grads: Sequence[Tensor],
-        lows: Sequence[Tensor],
-        lr_ratio: float,
-        kernel: Any,
-    ) -> list[Change] | None:
+        self, bucket: Bucket, lows: list[Tensor], lr_ratio: Tensor, kernel: Any
+    ) -> tuple[Bucket, list[Change] | None]:
         """One Adam step on every basis, from the second gradient on; a zero gradient says nothing of the subspace."""
-        changes = []
-        norms = [torch.linalg.vector_norm(grad, dtype=plan.state_dtype) for grad in grads]
+        plan = bucket.plan
+        norms = list(torch._foreach_norm(bucket.grads, 2, dtype=plan.state_dtype))
         if plan.sharding.cuts():
-            norms = [square.sqrt() for square in plan.sharding.sum([norm.square() for norm in norms])]
-        for i, (state, grad, norm) in enumerate(zip(states, grads, norms, strict=True)):
-            if state["age"] <= 0 or not norm > 0:
-                changes.append(_identity(plan))
-                continue
-            state["basis_step"] += 1
-            for side, key in zip(plan.sides, plan.basis_keys, strict=True):
-                low = _oriented(lows[i], side) if lows and plan.side != "both" else None
-                slope = self.gradient(state[key], grad, norm, side, plan.sharding, low, kernel)
-                self._descend_(state, key, slope, lr_ratio, kernel)
-            retract = self.retract_every is not None and state["basis_step"] % self.retract_every == 0
-            changes.append(_replace_(plan, state, _orthonormal(plan, state)) if retract else _identity(plan))
-        return changes if self.retract_every is not None else None
+            norms = [square.sqrt_() for square in plan.sharding.sum([norm.square_() for norm in norms])]
+        says = torch.stack(norms) > 0
+        if bucket.finite is None:  # the host has looked already
+            pairs = zip(bucket.states, says.tolist(), strict=True)
+            members = [i for i, (state, moves) in enumerate(pairs) if moves and state["age"] > 0]
+            moved, norms, lows = bucket.part(members), [norms[i] for i in members], [lows[i] for i in members if lows]
+        else:
+            moved = replace(bucket, finite=says.logical_and_(bucket.finite))
+        if len(moved):
+            self._descend_(moved, norms, lows, self.basis_lr * lr_ratio, kernel)
+        return moved, self._retract_(moved)
 
-    def _descend_(self, state: State, key: str, slope: Tensor, lr_ratio: float, kernel: Any) -> None:
-        q = state[key]
-        steps = [torch.full((), state["basis_step"] - 1.0, dtype=q.dtype, device=q.device)]
-        moments = [[state[f"{key}_{name}"]] for name in _BASIS_MOMENTS]
-        updates = kernel.adam_update_([slope], *moments, steps, *self.basis_betas, 1e-8)
-        rate = scalar(self.basis_lr * lr_ratio)
-        kernel.apply_([q], updates, [], steps, [], rate, self.basis_weight_decay, 1.0, None)
+    def _descend_(self, bucket: Bucket, norms: list[Tensor], lows: list[Tensor], rate: Tensor, kernel: Any) -> None:
+        plan, steps = bucket.plan, bucket.slot("basis_step")
+        for side, key in zip(plan.sides, plan.basis_keys, strict=True):
+            bases, moments = bucket.slot(key), [bucket.slot(f"{key}_{name}") for name in _BASIS_MOMENTS]
+            own = lows if lows and plan.side != "both" else kernel.project(bucket.grads, bases, side, plan.state_dtype)
+            slopes = self.slopes(bases, bucket.grads, own, norms, side, plan.sharding, kernel)
+            counts = steps if key == plan.basis_keys[-1] else list(torch._foreach_add(steps, 0))  # which both share
+            updates = kernel.adam_update_(slopes, *moments, counts, *self.basis_betas, 1e-8, finite=bucket.finite)
+            kernel.apply_(
+                *(bases, updates, [], counts, [], rate, self.basis_weight_decay, 1.0, None), finite=bucket.finite
+            )
 
-    def gradient(
+    def _retract_(self, bucket: Bucket) -> list[Change] | None:
+        """Orthonormal bases in the place of those that are due, which is no ordinary step."""
+        due = [self.ordinary_steps(state, 0) == 0 for state in bucket.states]
+        if not any(due):
+            return None
+        plan = bucket.plan
+        return [
+            _replace_(plan, state, _orthonormal(plan, state)) if retracts else _identity(plan)
+            for state, retracts in zip(bucket.states, due, strict=True)
+        ]
+
+    def slopes(
         self,
-        q: Tensor,
-        grad: Tensor,
-        norm: Tensor,
+        bases: list[Tensor],
+        grads: list[Tensor],
+        lows: list[Tensor],
+        norms: list[Tensor],
         side: Side = "right",
         sharding: Sharding = WHOLE,
-        low: Tensor | None = None,
         kernel: Any = reference,
-    ) -> Tensor:
-        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of q.
+    ) -> list[Tensor]:
+        """∇_Q of ‖ĜQQᵀ - Ĝ‖² + orth_lambda·‖QᵀQ - I‖² at Ĝ = grad/norm (left: its transpose), shape of its Q each.
 
-        `low` is grad Q, where it is known; `kernel` multiplies with the gradient, and sums over its shards.
+        `lows` are the projections of the gradients, and may be overwritten; `kernel` multiplies with the gradients, and
+        sums over their shards.
         """
-        rank, along = q.shape[1], _axis(side)
-        if low is None:
-            low = _oriented(kernel.project([grad], [q], side, q.dtype)[0], side)
         other: Side = "right" if side == "left" else "left"  # ĜᵀR̂ is a projection, too: by R̂ from the other side
-        pulled = _oriented(kernel.project([grad], [low / norm], other, q.dtype)[0], other).div_(norm)
-        both = torch.cat((q, pulled), dim=1)
-        (overlap,) = sharding.sum([q.mT @ both], along)  # QᵀQ beside R̂ᵀR̂ = QᵀĜᵀR̂
-        excess = overlap[:, :rank].clone()
-        excess.diagonal().sub_(1)
-        of_q = overlap[:, rank:].add(excess, alpha=2 * self.orth_lambda)
-        excess.diagonal().sub_(1)
-        return (both @ torch.cat((of_q, excess))).mul_(2)
+        q, norm = _joined(bases), _joined(norms).unsqueeze(-1).unsqueeze(-1)
+        units = _joined([_oriented(low, side) for low in lows]).div_(norm)
+        pulled = kernel.project(grads, _apart(units), other, q.dtype)
+        pulled = _joined([_oriented(low, other) for low in pulled]).div_(norm)
+        excess, of_q = sharding.sum([q.mT @ q, q.mT @ pulled], _axis(side))  # QᵀQ and R̂ᵀR̂ = QᵀĜᵀR̂
+        diagonal = excess.diagonal(dim1=-2, dim2=-1)
+        diagonal.sub_(1)
+        of_q.add_(excess, alpha=2 * self.orth_lambda)
+        diagonal.sub_(1)
+        return _apart((q @ of_q).add_(pulled @ excess).mul_(2))
 
 
 _BASIS_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -473,6 +496,16 @@ _BASIS_MOMENTS = ("exp_avg", "exp_avg_sq")
 def _oriented(grad: Tensor, side: Side) -> Tensor:
     """The view whose last dimension is the projected one."""
     return grad.mT if side == "left" else grad
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """A batch in one tensor; a single one as it is, which costs no copy."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _apart(matrices: Tensor) -> list[Tensor]:
+    """The inverse."""
+    return list(matrices.unbind()) if matrices.ndim > 2 else [matrices]
 
 
 def _axis(side: Side) -> int:

@@ -21,7 +21,7 @@ from .distributed import Axes
 from .hyperparameters import canonical, check, plain
 from .projectors import UNSET, Projector
 from .rules import Rule
-from .types import Plan, State, make_plan, stack_states, state_axes, unstack_state
+from .types import Plan, State, make_plan, scalar, stack_states, state_axes, unstack_state
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
@@ -331,8 +331,10 @@ class StatefulOptimizer(Optimizer):
 
     def _match(self, position: int, index: int, i: int, param: Tensor, group: dict[str, Any], state: State) -> _Match:
         plan = plan_for(param, group)
-        axes = self._axes(plan, group, position)
-        return _Match(name_in(self.param_groups[index], i), param, plan, state, self._wanted(plan), axes)
+        axes, wanted = self._axes(plan, group, position), self._wanted(plan)
+        counts = {key for key, (shape, _) in wanted.items() if shape == ()}  # `basis_step` once was an int
+        saved = {k: scalar(v) if k in counts and isinstance(v, int) else v for k, v in state.items()}
+        return _Match(name_in(self.param_groups[index], i), param, plan, saved, wanted, axes)
 
     @staticmethod
     def _check_keys(state_dict: dict[str, Any]) -> None:
@@ -391,9 +393,10 @@ class StatefulOptimizer(Optimizer):
         axes, _ = match.axes.get(key, (None, None))
         value = distributed.whole(value) if axes is None else match.plan.sharding.placed(value, axes)
         # Ints of stacked states are read at every step: on a GPU that would wait for it.
-        here = value.dtype != torch.int64 or axes is not None
+        dtype = match.wanted[key][1]
+        here = dtype != torch.int64 or axes is not None
         device = match.param.device if here else torch.device("cpu")
-        return value.to(device, match.wanted[key][1], copy=True, memory_format=torch.contiguous_format)
+        return value.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("projector", "rule", "dense_rule", "stagger", "seed", "backend")

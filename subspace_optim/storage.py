@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, chosen, scalar
+from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, choose_, chosen, scalar
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -446,11 +446,11 @@ def decode_moments_(bucket: Bucket, kernel: Any) -> None:
 
 
 def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
-    """Write back what has been opened, but for the bases."""
+    """Write back what has been opened, but for the bases and their moments."""
     plan = bucket.plan
     if is_plain(plan):
         return
-    _keep_(stepped, kernel, [key for key in codecs(plan) if key not in plan.basis_keys])
+    _keep_(stepped, kernel, MOMENTS[::-1])  # an interrupt between V and M makes no step larger
     for kept, state in zip(bucket.states, stepped.states, strict=True):
         kept.update({key: value for key, value in state.items() if isinstance(value, int)})
     if stepped.params is not bucket.params:
@@ -468,23 +468,27 @@ def settle_bases_(bucket: Bucket, kernel: Any) -> None:
 
 
 def keep_bases_(bucket: Bucket, kernel: Any) -> None:
-    """Write back bases that have moved a little; rounds stochastically, or they would stay where they are."""
-    _keep_(bucket, kernel, bucket.plan.basis_keys)
+    """Write back bases that have moved a little, and their moments; to nearest, they would stay where they are."""
+    _keep_(bucket, kernel, [key for key in codecs(bucket.plan) if key not in MOMENTS])
 
 
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     """Rounded as the whole tensor would be: its shards take their places in one stream."""
-    for key, codec, xs, codes, scales in _coded(bucket, keys):
+    for key, codec, xs, *kept in _coded(bucket, keys):
+        codes, scales = kept if bucket.finite is None else ([torch.empty_like(x) for x in own] for own in kept)
         seeds, steps = [_seed(stream, key) for stream in bucket.streams], bucket.slot("step")
         runs = _runs(bucket.plan, key, codec, xs[0].shape)
         if len(runs) == 1:
             codec.encode_(xs, codes, scales, seeds, steps, kernel, runs[0][0] * codec.length)
-            continue
-        rows, at = [[reference.rows(x, codec.axis) for x in column] for column in (xs, codes, scales)], 0
-        for begin, count in runs:
-            x, code, scale = ([tensor[at : at + count] for tensor in column] for column in rows)
-            replace(codec, axis=-1).encode_(x, code, scale, seeds, steps, begin=begin * codec.length)
-            at += count
+        else:
+            rows, at = [[reference.rows(x, codec.axis) for x in column] for column in (xs, codes, scales)], 0
+            for begin, count in runs:
+                x, code, scale = ([tensor[at : at + count] for tensor in column] for column in rows)
+                replace(codec, axis=-1).encode_(x, code, scale, seeds, steps, begin=begin * codec.length)
+                at += count
+        if bucket.finite is not None:
+            for own, fresh in zip(kept, (codes, scales), strict=True):
+                choose_(bucket.finite, fresh, own)
 
 
 def _seed(stream: int, key: str) -> int:
@@ -503,7 +507,7 @@ def _coded(
 ) -> Iterator[tuple[str, Codec, list[Tensor], list[Tensor], list[Tensor]]]:
     """Those of the keys that are coded and that the bucket has decoded: these tensors, their codes and scales."""
     coded = codecs(bucket.plan)
-    for key in keys:
+    for key in keys if bucket.states else ():
         if key in coded and isinstance(bucket.states[0].get(key), Tensor):
             kept = [state.kept for state in bucket.states if isinstance(state, Opened)]
             codes, scales = [own[key] for own in kept], [own[f"{key}_scale"] for own in kept]

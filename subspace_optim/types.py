@@ -252,6 +252,12 @@ def chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     return new if finite is None else torch.where(finite, new, old)
 
 
+def choose_(finite: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
+    """Copy new tensors, all of a shape, into those old ones that are not to stay as they are: in few launches."""
+    flags = finite.view(-1, *[1] * new[0].ndim)
+    torch._foreach_copy_(old, list(torch.where(flags, torch.stack(new), torch.stack(old)).unbind()))
+
+
 def scalar(value: float) -> Tensor:
     """A number as kernels take it: on the host, whatever the default device is."""
     return torch.tensor(value, dtype=torch.float64, device="cpu")

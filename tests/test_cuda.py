@@ -618,7 +618,7 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
 
 
 UNREAD = ("galore", "galore_momentum", "galore_adafactor", "rademacher_lion", "random_adam", "flora", "gradnormlorp")
-UNREAD += ("apollo", "apollo_mini", "official_apollo", "adamw")
+UNREAD += ("osd", "osd_lion", "apollo", "apollo_mini", "official_apollo", "adamw")
 
 
 @pytest.mark.parametrize("method", [m for m in ALL_METHODS if m.id in UNREAD], ids=str)

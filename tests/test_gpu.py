@@ -336,7 +336,7 @@ KINDS = {
     "adafactor": {"rule": so.Adafactor()},
 }
 CAPTURED = ("galore", "galore_8bit", "galore_kahan", "galore_lion", "galore_adafactor", "flora", "apollo")
-CAPTURED += ("gradnormlorp", "gradnormlorp_8bit", "grams", "adamw", "adamw_8bit")
+CAPTURED += ("osd", "osd_8bit", "osd_lion", "gradnormlorp", "gradnormlorp_8bit", "grams", "adamw", "adamw_8bit")
 
 
 @pytest.mark.parametrize("name", CAPTURED)
@@ -426,3 +426,15 @@ def test_bases_of_a_bucket_are_decoded_in_one_launch(kernels):
         xs = [torch.empty(512, 300, device=GPU) for _ in range(count)]
         names = launched(lambda xs=xs, kept=kept: codec.decode_(xs, *kept, kernels))
         assert len(names) == 1, names
+
+
+def test_launches_of_bases_that_learn_do_not_grow_with_the_bucket(kernels):
+    """Not twice as many for twelve times the tensors: torch's operations on lists take a few more for more elements."""
+    counts = []
+    for count in (2, 24):
+        params = [torch.nn.Parameter(torch.randn(512, 400, device=GPU).bfloat16()) for _ in range(count)]
+        opt = so.OnlineSubspaceDescent(params, rank=64, backend=name_of(kernels))
+        for param in params:
+            param.grad = torch.randn_like(param)
+        counts.append(len(launched(opt.step)))
+    assert counts[1] < 2 * counts[0], counts

@@ -75,8 +75,11 @@ def pulled(dtype):
     rng = torch.Generator().manual_seed(0)
     grad = torch.randn(SHAPE, generator=rng).to(dtype)
     basis = torch.linalg.qr(torch.randn(SHAPE[1], RANK, generator=rng))[0]
-    own = (basis, grad, torch.linalg.vector_norm(grad.float()), "right")
-    return distance(*([OnlinePCA(RANK).gradient(*own, kernel=kernel)] for kernel in (native, reference)))
+    norm, found = torch.linalg.vector_norm(grad.float()), []
+    for kernel in (native, reference):
+        lows = kernel.project([grad], [basis], "right", torch.float32)
+        found.append(OnlinePCA(RANK).slopes([basis], [grad], lows, [norm], kernel=kernel))
+    return distance(*found)
 
 
 def survey():

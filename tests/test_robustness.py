@@ -1,5 +1,6 @@
 """Bad gradients, odd tensors, strange strides: defined behaviour, finite weights, nothing half done."""
 
+import copy
 import math
 import sys
 from functools import partial
@@ -84,6 +85,32 @@ def test_a_bad_gradient_counts_as_none(method, when, bad, device, monkeypatch):
         assert opt.skipped_updates == (0 if value is None else 2)
     assert finite(opt, params)
     assert_same(*ends)
+
+
+@pytest.mark.parametrize("bad", [0.0, 1e-30, NAN], ids=["zero", "tiny", "NaN"])
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+def test_a_gradient_that_says_nothing_teaches_no_basis(device, bits, bad, monkeypatch):
+    """Nor its moments, their codes and their step count, whoever looks; those of the other matrix move."""
+    monkeypatch.setattr(engine, "_waits", lambda peaks: device)
+    params = [torch.nn.Parameter(noise(i, (12, 7)).float()) for i in range(2)]
+    opt = so.OnlineSubspaceDescent(params, rank=RANK, basis_lr=0.1, state_bits=bits, basis_bits=bits)
+
+    def learnt():
+        found = [{k: v for k, v in opt.state[param].items() if k.startswith("basis")} for param in params]
+        return copy.deepcopy(found)
+
+    for step in range(4):
+        for i, param in enumerate(params):
+            param.grad = noise(10 * step + i, param.shape).float()
+        if step == 3:
+            params[0].grad.fill_(bad)
+        before = learnt()
+        opt.step()
+    for old, new, moves in zip(before, learnt(), (False, True), strict=True):
+        assert all(torch.equal(old[key], new[key]) != moves for key in old if "scale" not in key or not moves)
+    assert [state["basis_step"] for state in learnt()] == [2, 3]
+    assert finite(opt, net())
 
 
 @by_method

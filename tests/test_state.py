@@ -29,7 +29,7 @@ CHECKPOINTS = pytest.mark.filterwarnings(
     "ignore::UserWarning:torch.distributed.*",
     "ignore::FutureWarning:torch.distributed.*",
 )
-KEPT = {"age": torch.int64, "seed": torch.int64, "basis_step": torch.int64, "compensation": torch.bfloat16}
+KEPT = {"age": torch.int64, "seed": torch.int64, "compensation": torch.bfloat16}
 by_type = pytest.mark.parametrize("dtype", TYPES, ids=("float32", "bfloat16"))
 by_method = pytest.mark.parametrize("method", ALL_METHODS, ids=str)
 by_kind = pytest.mark.parametrize("method", [m for m in ALL_METHODS if str(m) in KINDS], ids=str)
@@ -151,6 +151,26 @@ def test_float32_state_survives_the_load_into_bfloat16_parameters(method):
                 assert type(loaded[key]) is type(value) and loaded[key] == value
 
 
+@pytest.mark.parametrize("kind", [int, torch.float64, torch.int64], ids=str)
+def test_step_counts_of_bases_that_were_ints_are_taken(kind):
+    """As checkpoints had them before they moved to the device: an int, or int64 of a stack."""
+    method = next(m for m in ALL_METHODS if str(m) == "osd")
+    params, opt = trained(method)
+    other, fresh = twin_of(method, params)
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        if "basis_step" in state:
+            count = state["basis_step"]
+            was = torch.int64 if kind is int else kind
+            state["basis_step"] = int(count) if kind is int and count.ndim == 0 else count.to(was)
+            assert count.dtype == torch.float32 and count.max() > 0
+    fresh.load_state_dict(saved)
+    train(params, opt, range(SAVED, STOP))
+    train(other, fresh, range(SAVED, STOP))
+    assert_same(snapshot(other), snapshot(params))
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(opt), tensors_of(fresh), strict=True))
+
+
 def test_state_follows_the_parameters_into_another_precision():
     """A run in bfloat16 or float32 goes on in float64, whose state is float64."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -210,7 +230,8 @@ def test_state_bytes_are_what_the_paper_says(name, shape, dtype):
     for step in range(4):
         param.grad = noise(1 + step, shape).to(dtype)
         opt.step()
-    assert opt.state_bytes() == 4 * FLOATS[name](*shape, 16) + STEP_BYTES
+    counts = 2 if name == "osd" else 1  # of the basis, too
+    assert opt.state_bytes() == 4 * FLOATS[name](*shape, 16) + counts * STEP_BYTES
 
 
 @by_type

@@ -18,7 +18,7 @@ from subspace_optim.kernels import native, reference
 from subspace_optim.philox import Window
 from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.storage import Codec, codecs, nbytes, values
-from subspace_optim.types import BLOCK, TRANSFORMS, make_plan
+from subspace_optim.types import BLOCK, TRANSFORMS, Bucket, make_plan
 
 CPU = torch.device("cpu")
 KINDS, BITS = ("signed", "unsigned", "linear"), (8, 4)
@@ -499,6 +499,21 @@ def test_a_basis_that_learns_goes_where_float32_has_it_go():
 def test_a_rank_without_a_matrix_of_a_stack_decodes_nothing():
     plan = make_plan((3, 24, 16), torch.float32, CPU, 4, batch_dims=1, basis_bits=8)
     assert storage.with_bases(plan, [], reference) == []
+
+
+def test_bases_that_the_device_leaves_alone_keep_their_codes():
+    """And their moments: what is decoded and coded again may come out one code off."""
+    plan = make_plan((64, 48), torch.float32, CPU, 8, state_bits=8, basis_bits=8)
+    states = [storage.allocated(plan, lambda own: so.Adam().init(own) | so.OnlinePCA().init(own, 0)) for _ in range(2)]
+    bucket = Bucket(plan, False, states=states, streams=[0, 1], finite=torch.tensor([False, True]))
+    opened = storage.opened(bucket, reference, takes_codes=True)
+    keys = ("basis", "basis_exp_avg", "basis_exp_avg_sq")
+    for state in opened.states:
+        for key in keys:
+            state[key].fill_(0.5)
+    storage.keep_bases_(opened, reference)
+    for state, moved in zip(states, (False, True)):
+        assert all(bool(state[key].any()) == bool(state[f"{key}_scale"].any()) == moved for key in keys)
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])

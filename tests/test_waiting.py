@@ -5,6 +5,7 @@ The engine and the host's side of the kernels are real; launches are noted and n
 
 import copy
 import math
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -30,6 +31,18 @@ class NoCopies(TorchDispatchMode):
         if "copy" in func.overloadpacket.__name__:
             devices = {x.device for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor)}
             assert len(devices) == 1, f"{func} between {devices}"
+        return out
+
+
+class Ops(TorchDispatchMode):
+    """Counts torch's operations on the GPU, but for views: each is a launch or a few."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        there = any(x.device == GPU for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+        self.count += there and not func.is_view
         return out
 
 
@@ -103,6 +116,13 @@ OPTIMIZERS = {
     "galore_lion": lambda params, **options: so.GaLore(params, rank=8, rule=so.Lion(), **options),
     "galore_momentum": lambda params, **options: so.GaLore(params, rank=8, rule=so.Momentum(), **options),
     "galore_adafactor": lambda params, **options: so.GaLore(params, rank=8, rule=so.Adafactor(), **options),
+    "osd": lambda params, **options: so.OnlineSubspaceDescent(params, rank=8, **options),
+    "osd_full": lambda params, **options: so.OnlineSubspaceDescent(params, rank=8, proj_type="full", **options),
+    "osd_8bit": lambda params, **options: so.OnlineSubspaceDescent(
+        params, rank=8, state_bits=8, basis_bits=8, **options
+    ),
+    "osd_lion": lambda params, **options: so.OnlineSubspaceDescent(params, rank=8, rule=so.Lion(), **options),
+    "osd_adafactor": lambda params, **options: so.OnlineSubspaceDescent(params, rank=8, rule=so.Adafactor(), **options),
     "apollo": lambda params, **options: so.APOLLO(params, rank=8, **options),
     "lion": lambda params, **options: so.SubspaceOptimizer(params, dense_rule=so.Lion(), **options),
     "adafactor": lambda params, **options: so.SubspaceOptimizer(params, dense_rule=so.Adafactor(), **options),
@@ -116,7 +136,8 @@ OPTIMIZERS = {
         params, so.RandomProjection(8, kind="gaussian"), **options
     ),
 }
-WHOLE = ("gradnormlorp", "flora", "apollo", "adamw", "lion", "adafactor")  # which need more of a gradient than R
+FEW = ("adamw", "adamw_8bit", "galore", "galore_full", "gradnormlorp", "osd", "osd_full")  # of torch's operations, too
+WHOLE = ("gradnormlorp", "flora", "apollo", "osd", "adamw", "lion", "adafactor")  # which need more of a gradient than R
 
 
 @pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
@@ -139,23 +160,30 @@ def test_an_ordinary_step_waits_for_nothing(name, rate, layerwise, launches):
 @pytest.mark.parametrize("layerwise", [False, True], ids=["gradients", "R"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_launches_do_not_grow_with_the_bucket(name, layerwise, launches):
+    """Two of a shape are the least that are batched."""
     counts = []
-    for times in (1, 4):
+    for times in (2, 8):
         with FakeTensorMode():
             params, opt = started(OPTIMIZERS[name], SHAPES * times)
             launches.clear()
-            if layerwise:
-                opt.project_gradients([(0, param) for param in params])
-            opt.step()
-            counts.append(len(launches))
-    assert counts[0] == counts[1] > 0
+            with Ops() as ops:
+                if layerwise:
+                    opt.project_gradients([(0, param) for param in params])
+                opt.step()
+            counts.append((len(launches), ops.count))
+    assert counts[0][0] == counts[1][0] > 0
+    assert counts[0] == counts[1] or name not in FEW
 
 
 def test_steps_that_wait_are_found_out(launches):
-    """A step with a refresh does, and one that is watched."""
-    for wait in (lambda opt, param: opt.state[param].update(age=10**9), lambda opt, param: opt.watch()):
+    """A step with a refresh does, one with a retraction, and one that is watched."""
+    for name, options, wait in (
+        ("galore", {}, lambda opt, param: opt.state[param].update(age=10**9)),
+        ("galore", {}, lambda opt, param: opt.watch()),
+        ("osd", {"retract_every": 10}, lambda opt, param: opt.state[param].update(age=10)),
+    ):
         with FakeTensorMode():
-            params, opt = started(OPTIMIZERS["galore"])
+            params, opt = started(partial(OPTIMIZERS[name], **options))
             wait(opt, params[0])
             with NoCopies(), pytest.raises((DataDependentOutputException, AssertionError)):
                 opt.step()
@@ -200,9 +228,31 @@ def test_replays_are_counted_until_a_basis_is_due(stagger):
     assert opt.ordinary_steps > 0
 
 
-def test_what_is_never_renewed_can_be_replayed_for_ever():
+@pytest.mark.parametrize(
+    "make", [so.SubspaceOptimizer, partial(so.OnlineSubspaceDescent, rank=2)], ids=["adamw", "osd"]
+)
+def test_what_is_never_renewed_can_be_replayed_for_ever(make):
     weight = torch.nn.Parameter(torch.ones(8, 6))
-    opt = so.SubspaceOptimizer([weight])
+    opt = make([weight])
     stepped(opt, [weight], 1)
     assert opt.ordinary_steps == math.inf
     opt.replayed(10**9)
+
+
+def test_a_retraction_is_no_ordinary_step():
+    """Whatever the gradients were: the host counts steps."""
+    weight = torch.nn.Parameter(torch.ones(8, 6))
+    opt = so.OnlineSubspaceDescent([weight], rank=2, basis_lr=0.1, retract_every=3)
+    orthonormal, left = [], []
+    for step in range(8):
+        left.append(opt.ordinary_steps)
+        weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)) * (step != 5)
+        opt.step()
+        basis = opt.state[weight]["basis"]
+        orthonormal.append(torch.allclose(basis.mT @ basis, torch.eye(2), atol=1e-6))
+    assert left == [0, 2, 1, 0, 2, 1, 0, 2]  # the first sets the basis
+    assert orthonormal == [step % 3 == 0 for step in range(8)]
+    assert opt.state[weight]["basis_step"] == 6
+    assert opt.ordinary_steps == 1
+    opt.replayed()
+    assert opt.ordinary_steps == 0
