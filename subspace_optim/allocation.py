@@ -185,9 +185,10 @@ def coding_error(kind: storage.Kind, bits: int) -> float:
     x = x.square() if kind == "unsigned" else x
     codec = storage.Codec(kind, bits, -1, BLOCK)
     codes, scales = codec.shapes(x.shape)
-    kept = torch.zeros(codes, dtype=torch.uint8, device=x.device), torch.zeros(scales, device=x.device)
-    codec.encode_(x, *kept)
-    return float((codec.decode(*kept, x.dtype) - x).square().sum() / x.square().sum())
+    kept = [torch.zeros(codes, dtype=torch.uint8, device=x.device)], [torch.zeros(scales, device=x.device)]
+    codec.encode_([x], *kept)
+    (found,) = codec.decode(*kept, x.dtype)
+    return float((found - x).square().sum() / x.square().sum())
 
 
 def matrix_plan(group: Group, param: Tensor) -> Plan:

@@ -408,7 +408,8 @@ class Sharded:
     def __init__(self, kernel: Any, sharding: Sharding) -> None:
         self._kernel, self._sharding = kernel, sharding
         # These work on every element, or every row of the low-rank space, by itself.
-        self.back, self.encode_, self.decode = kernel.back, kernel.encode_, kernel.decode
+        self.back, self.encode_, self.decode_ = kernel.back, kernel.encode_, kernel.decode_
+        self.line_norms = kernel.line_norms  # of the parts of lines that are here
 
     def grad_max(self, grads: list[Tensor]) -> Tensor:
         """Of this rank's shards, with NaN as ∞, since a MAX over ranks may drop NaN: the engine reduces all buckets."""
@@ -476,10 +477,11 @@ class Sharded:
         seeds: Sequence[int],
         *how: Any,
         finite: Tensor | None = None,
+        factors: Sequence[Tensor] = (),
     ) -> None:
         """As the reference."""
         with self._rounded(params, steps, seeds) as (own, kept, window):
-            self._kernel.apply_(own, updates, bases, steps, kept, *how, window=window, finite=finite)
+            self._kernel.apply_(own, updates, bases, steps, kept, *how, window=window, finite=finite, factors=factors)
 
     def write_(self, param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
         """As the reference."""

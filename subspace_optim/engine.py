@@ -304,12 +304,12 @@ class SubspaceOptimizer(StatefulOptimizer):
         gap = self.param_groups[index]["update_proj_gap"]
         return None if any(self.projector.due(member, gap) for member in member_states(plan, state)) else plan
 
-    def bases(self, plan: Plan, param: Tensor, kernel: Kernel | None = None) -> list[Bases]:
-        """The bases in force of the matrices of a projected tensor; `kernel` decodes them, if it is known already."""
+    def bases(self, plan: Plan, params: Iterable[Tensor], kernel: Kernel | None = None) -> list[Bases]:
+        """The bases in force of the matrices of tensors of a plan; `kernel` decodes them, if it is known already."""
         assert self.projector is not None
         kernel = kernel or select.resolve(self.backend, plan)
-        states = [storage.with_bases(plan, member, kernel) for member in member_states(plan, self.state[param])]
-        return self.projector.bases(plan, states)
+        states = [member for param in params for member in member_states(plan, self.state[param])]
+        return self.projector.bases(plan, storage.with_bases(plan, states, kernel))
 
     @torch.no_grad()
     def renew_early(self, index: int, param: Tensor) -> None:
@@ -357,7 +357,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         for plan, params in alike.items():
             kernel = select.resolve(self.backend, plan)
             grads = [g for param in params for g in self._grads(plan, param)]
-            bases = flat([own for param in params for own in self.bases(plan, param, kernel)])
+            bases = flat(self.bases(plan, params, kernel))
             lows = kernel.project(grads, bases, plan.side, plan.state_dtype)
             count = len(plan.members)
             for i, param in enumerate(params):
@@ -560,9 +560,9 @@ class SubspaceOptimizer(StatefulOptimizer):
         hyper = _hyper(work.group, plan)
         workspace = self.projector.workspace(plan.whole) if plan.side and self.projector else 0
         rule = self.rule if plan.side else self.dense_rule
-        compensates = rule.compensates and hasattr(work.kernel, "COMPENSATES") and not self.observer.listens
-        for part in storage.parts(work.bucket, rule.takes_codes, workspace, compensates):
-            bucket = storage.opened(part, work.kernel, rule.takes_codes, compensates)
+        alone = compensates(rule, work.kernel) and not self.observer.listens
+        for part in storage.parts(work.bucket, rule.takes_codes, workspace, alone):
+            bucket = storage.opened(part, work.kernel, rule.takes_codes, alone)
             self._step_opened(work.group, bucket, hyper, work.kernel)
             storage.close_(part, bucket, work.kernel)
         for entry in work.entries:
@@ -659,6 +659,11 @@ class SubspaceOptimizer(StatefulOptimizer):
             plan, name = plan_for(param, self.param_groups[index]), name_in(self.param_groups[index], i)
             for j in plan.members:
                 yield self._stream(plan, position, j), name if plan.stack is None else f"{name}[{j}]", plan
+
+
+def compensates(rule: Rule, kernel: Kernel) -> bool:
+    """Whether the kernel alone knows what rounding takes from a parameter (Kahan), of which no wide copy is made."""
+    return rule.compensates and hasattr(kernel, "COMPENSATES")
 
 
 def _hyper(group: dict[str, Any], plan: Plan) -> Hyper:

@@ -218,7 +218,7 @@ def _fill_(plan: Plan, state: State, given: _Moments, projector: Projector | Non
     coded = storage.codecs(plan)
     for key, value in values.items():
         if key in coded:
-            coded[key].encode_(value.contiguous(), state[key], state[f"{key}_scale"])
+            coded[key].encode_([value.contiguous()], [state[key]], [state[f"{key}_scale"]])
         else:
             state[key].copy_(value)
     if bases:

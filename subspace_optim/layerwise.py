@@ -291,7 +291,7 @@ class _Linear:
 
     def basis(self, plan: Plan, side: Side, dtype: torch.dtype) -> Tensor:
         """P (left) or Q (right)."""
-        return self.opt.bases(plan, self.weight)[0][plan.sides.index(side)].to(dtype)
+        return self.opt.bases(plan, [self.weight])[0][plan.sides.index(side)].to(dtype)
 
 
 class _ProjectedLinear(torch.autograd.Function):

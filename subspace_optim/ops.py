@@ -82,7 +82,7 @@ _define(
 
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
-    "float weight_decay, float scale, int side, bool sign, int[] window, int products=0) -> ()",
+    "float weight_decay, float scale, int side, bool sign, int[] window, Tensor[] factors, int products=0) -> ()",
     _decoded(reference.apply_),
     lambda *_: None,
 )
@@ -121,16 +121,27 @@ _define(
     lambda grads: grads[0].new_empty(len(grads), dtype=torch.float64),
 )
 
+_define(
+    "line_norms(Tensor[] grads, int dim, ScalarType dtype) -> Tensor[]",
+    reference.line_norms,
+    lambda grads, dim, dtype: [grad.new_empty(grad.sum(dim, keepdim=True).shape, dtype=dtype) for grad in grads],
+)
+
 # Without a default kernel: philox.py has the words in torch ops.
 _define("words_(Tensor(a!) out, int[] seeds) -> ()", None, lambda *_: None)
 
 _define(
-    "encode_(Tensor x, Tensor(a!) codes, Tensor(b!) scales, Tensor table, int axis, int? seed, Tensor step, "
-    "int begin) -> ()",
+    "encode_(Tensor[] xs, Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor table, int axis, int[] seeds, "
+    "Tensor[] steps, int begin) -> ()",
     reference.encode_,
     lambda *_: None,
 )
 
+_define(
+    "decode_(Tensor(a!)[] xs, Tensor[] codes, Tensor[] scales, Tensor table, int axis) -> ()",
+    reference.decode_,
+    lambda *_: None,
+)
 
 _define(
     "coded_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor[] tables, "
@@ -138,19 +149,6 @@ _define(
     "float eps, float weight_decay, float scale, int transform, bool eps_inside) -> ()",
     _decoded(reference.coded_adam_),
     lambda *_: None,
-)
-
-
-def _fake_decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-    shape = list(codes.shape)
-    shape[axis] = length
-    return codes.new_empty(shape, dtype=dtype)
-
-
-_define(
-    "decode(Tensor codes, Tensor scales, Tensor table, int axis, int length, ScalarType dtype) -> Tensor",
-    reference.decode,
-    _fake_decode,
 )
 
 _ext.load()

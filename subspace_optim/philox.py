@@ -70,10 +70,9 @@ def _rounds(seed: Any, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Wor
 
 def normal(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Standard normal numbers of every seed in float64 (Box–Muller), so that float32 hides the devices' libm."""
-    uniform = _blocks(seeds, math.prod(shape), device).double().add_(0.5).mul_(2.0**-32)
-    radius, angle = (uniform[..., at].contiguous() for at in (slice(2), slice(2, 4)))
-    radius.log_().mul_(-2).sqrt_()
-    angle.mul_(2 * math.pi)
+    middles = _blocks(seeds, math.prod(shape), device).double().add_(0.5)
+    radius = middles.narrow(-1, 0, 2).mul(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = middles.narrow(-1, 2, 2).mul(2 * math.pi * 2.0**-32)
     return _cut(torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=-1), shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -499,41 +500,44 @@ class Apollo(Adam):
         return super().init(plan) | ({"update_norm": _zeros(plan, ())} if plan.side else {})
 
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
-        """One matrix at a time, as S is as large as the parameter; a dense bucket is plain Adam."""
+        """‖S‖² = Σ s²‖g‖² over the channels g of G, so that S need not be; a dense bucket is plain Adam."""
         plan = bucket.plan
         if plan.side is None:
             super().step_(bucket, hyper, kernel)
             return
         lows = kernel.project(bucket.grads, flat(bucket.bases), plan.side, plan.state_dtype)
         updates = self.update_(bucket, lows, hyper, kernel)
+        along = -2 if plan.side == "left" else -1
+        columns = (updates, lows, bucket.grads)
+        lines = [torch.stack(kernel.line_norms(column, along, plan.state_dtype)) for column in columns]
         channel = {"right": (-1,), "left": (-2,)}.get(plan.side, (-2, -1))
         dims = channel if self.scale_type == "channel" else (-2, -1)
         share = self.least_share * math.sqrt(math.prod(plan.whole.low_shape) / math.prod(plan.whole.matrix))
-        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, bucket.flags, strict=True)):
-            grad = bucket.grads[i].to(plan.state_dtype)
-            wanted, seen, whole = (
-                plan.sharding.norm(x, axes, dims, keepdim=True)
-                for x, axes in ((updates[i], plan.low_axes), (lows[i], plan.low_axes), (grad, (0, 1)))
-            )
-            step = grad * (wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR))
-            self._limit_(step, plan.sharding.norm(step, (0, 1), (-2, -1)), state, hyper, finite)
-            kernel.apply_(
-                *([param], [step], [], [state["step"]], bucket.seeds[i : i + 1], hyper.lr, hyper.weight_decay),
-                *(self.scale(hyper), None),
-                finite=None if finite is None else finite.view(1),
-            )
+        axes: tuple[Axes, ...] = (plan.low_axes, plan.low_axes, (0, 1))
+        norm = partial(plan.sharding.norm, keepdim=True)
+        wanted, seen, whole = (norm(own, carried, dims) for own, carried in zip(lines, axes, strict=True))
+        factors = wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR)  # s of every matrix
+        self._limit_(factors, norm(factors * lines[-1], axes[-1], (-2, -1)), bucket, hyper)
+        kernel.apply_(
+            *(bucket.params, bucket.grads, [], bucket.slot("step"), bucket.seeds, hyper.lr, hyper.weight_decay),
+            *(self.scale(hyper), None),
+            finite=bucket.finite,
+            factors=factors.unbind(),
+        )
 
-    def _limit_(self, step: Tensor, norm: Tensor, state: State, hyper: Hyper, finite: Tensor | None) -> None:
+    def _limit_(self, factors: Tensor, norms: Tensor, bucket: Bucket, hyper: Hyper) -> None:
+        """Shorten every S, of the length in `norms`, to what the limit allows; both are (matrices, 1, 1) or wider."""
         if self.growth is None:
             return
-        last = state["update_norm"]
+        lasts = bucket.slot("update_norm")
+        last = torch.stack(lasts).view_as(norms)
         if self.eps_inside:  # the official code corrects the bias after the limiter
-            k = state["step"].double()
-            norm = norm * ((1 - hyper.betas[0] ** k) / (1 - hyper.betas[1] ** k).sqrt()).to(norm)
-        excess = torch.where(last > 0, norm / (self.growth * last), 1).clamp_(min=1)
-        step.div_(excess)
-        stepped = norm > 0 if finite is None else (norm > 0) & finite
-        torch.where(stepped, norm / excess, last, out=last)
+            k = torch.stack(bucket.slot("step")).double().view_as(norms)
+            norms = norms * ((1 - hyper.betas[0] ** k) / (1 - hyper.betas[1] ** k).sqrt()).to(norms)
+        excess = torch.where(last > 0, norms / (self.growth * last), 1).clamp_(min=1)
+        factors.div_(excess)
+        stepped = norms > 0 if bucket.finite is None else (norms > 0) & bucket.finite.view_as(norms)
+        torch._foreach_copy_(lasts, torch.where(stepped, norms / excess, last).flatten().unbind())
 
     def scale(self, hyper: Hyper) -> float:
         """√scale, as the official code takes it."""

@@ -88,23 +88,32 @@ class Codec:
 
         return along(-(-self.length * self.bits // 8)), along(-(-self.length // BLOCK))
 
-    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype, kernel: Any = reference) -> Tensor:
-        """The tensor."""
-        return kernel.decode(codes, scales, _table(self.kind, self.bits, codes), self.axis, self.length, dtype)
+    def decode(
+        self, codes: list[Tensor], scales: list[Tensor], dtype: torch.dtype, kernel: Any = reference
+    ) -> list[Tensor]:
+        """The tensors."""
+        shape = list(codes[0].shape)
+        shape[self.axis] = self.length
+        xs = [code.new_empty(shape, dtype=dtype) for code in codes]
+        self.decode_(xs, codes, scales, kernel)
+        return xs
+
+    def decode_(self, xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], kernel: Any = reference) -> None:
+        """Write the tensors into `xs`."""
+        kernel.decode_(xs, codes, scales, _table(self.kind, self.bits, codes[0]), self.axis)
 
     def encode_(
         self,
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        seed: int | None = None,
-        step: Tensor | None = None,
+        xs: list[Tensor],
+        codes: list[Tensor],
+        scales: list[Tensor],
+        seeds: Sequence[int] = (),
+        steps: Sequence[Tensor] = (),
         kernel: Any = reference,
         begin: int = 0,
     ) -> None:
-        """Write the codes and scales of x: to nearest, or stochastically by the stream (seed, step) from `begin` on."""
-        table = _table(self.kind, self.bits, codes)
-        kernel.encode_(x, codes, scales, table, self.axis, seed, table[0] if step is None else step, begin)
+        """Write codes and scales: to nearest, or stochastically by the streams (seed, step) from `begin` on."""
+        kernel.encode_(xs, codes, scales, _table(self.kind, self.bits, codes[0]), self.axis, seeds, steps, begin)
 
 
 def nbytes(shape: Sequence[int], bits: int, axis: int = -1) -> int:
@@ -215,9 +224,11 @@ class Coded:
         """The values of the codes."""
         return _table(self.codec.kind, self.codec.bits, self.codes)
 
-    def decoded(self, kernel: Any, dtype: torch.dtype) -> Tensor:
-        """The moment."""
-        return self.codec.decode(self.codes, self.scales, dtype, kernel)
+
+def decoded(moments: Sequence[Coded], kernel: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The moments, of one codec."""
+    codes, scales = [moment.codes for moment in moments], [moment.scales for moment in moments]
+    return moments[0].codec.decode(codes, scales, dtype, kernel)
 
 
 class Coding:
@@ -277,13 +288,11 @@ class Coding:
             coded = _flat(exp_avgs, exp_avg_sqs)
             self._kernel.weight_norm_adam_(params, grads, [], [], *rest, finite, coded)
         else:
-            count, moments = len(params), [*exp_avgs, *exp_avg_sqs]
-            wide = [own.decoded(self._kernel, steps[0].dtype) for own in moments]
-            self._kernel.weight_norm_adam_(params, grads, wide[:count], wide[count:], *rest, finite)
-            stepped = [True] * count if finite is None else finite.tolist()
-            for own, x, step, taken in zip(moments, wide, steps * 2, stepped * 2, strict=True):
-                if taken:
-                    own.codec.encode_(x, own.codes, own.scales, own.seed, step, self._kernel, own.begin)
+            first, second = (decoded(own, self._kernel, steps[0].dtype) for own in (exp_avgs, exp_avg_sqs))
+            self._kernel.weight_norm_adam_(params, grads, first, second, *rest, finite)
+            columns: list[Any] = [[*exp_avgs, *exp_avg_sqs], first + second, steps * 2]
+            for own, x, step in zip(*(columns if finite is None else reference.taken(finite, *columns)), strict=True):
+                own.codec.encode_([x], [own.codes], [own.scales], [own.seed], [step], self._kernel, own.begin)
 
     def projected_adam_(
         self,
@@ -335,17 +344,25 @@ class Opened(dict[str, Any]):
 
     __slots__ = ("kept",)
 
-    def __init__(self, plan: Plan, kept: State, keys: Iterable[str], kernel: Any) -> None:
+    def __init__(self, kept: State) -> None:
         super().__init__(kept)
         self.kept = kept
-        for key, codec in codecs(plan).items():
-            if key in kept and key in keys:
-                self[key] = codec.decode(kept[key], self.pop(f"{key}_scale"), plan.state_dtype, kernel)
 
 
-def with_bases(plan: Plan, state: State, kernel: Any) -> State:
-    """A state whose bases alone are decoded."""
-    return state if is_plain(plan) else Opened(plan, state, plan.basis_keys, kernel)
+def _open(plan: Plan, states: Sequence[State], keys: Iterable[str], kernel: Any) -> list[State]:
+    """The states, of one plan and alike, with these keys decoded where they are kept as codes."""
+    out: list[State] = [Opened(state) for state in states]
+    for key, codec in codecs(plan).items() if out else ():
+        if key in out[0] and key in keys:
+            codes, scales = [state[key] for state in out], [state.pop(f"{key}_scale") for state in out]
+            for state, x in zip(out, codec.decode(codes, scales, plan.state_dtype, kernel), strict=True):
+                state[key] = x
+    return out
+
+
+def with_bases(plan: Plan, states: Sequence[State], kernel: Any) -> Sequence[State]:
+    """States whose bases alone are decoded."""
+    return states if is_plain(plan) else _open(plan, states, plan.basis_keys, kernel)
 
 
 def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bool = False) -> Iterator[Bucket]:
@@ -357,9 +374,7 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bo
         workspace: bytes that stepping one matrix takes beside what is opened.
         compensates: of its rule and its kernel.
     """
-    plan = replace(bucket.plan.whole, compensated=bucket.plan.compensated and not compensates)
-    opens = 0 if is_plain(plan) else open_bytes(plan, takes_codes)  # the same on every rank
-    each = opens + workspace
+    each = open_bytes(bucket.plan.whole, takes_codes, compensates) + workspace  # the same on every rank
     most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
     at_once = max(1, most // each) if each else max(1, len(bucket))
     for begin in range(0, len(bucket), at_once):
@@ -367,15 +382,20 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bo
         yield bucket if len(members) == len(bucket) else bucket.part(list(members))
 
 
-def open_bytes(plan: Plan, takes_codes: bool) -> int:
+def open_bytes(plan: Plan, takes_codes: bool, compensates: bool) -> int:
     """What stepping one matrix decodes: its moments, its bases, and its parameter if that is compensated.
 
     A rule that takes codes needs moments decoded when they change their basis, and has R and N of their size otherwise.
+
+    Args:
+        plan: of the matrix.
+        takes_codes: of its rule.
+        compensates: of its rule and its kernel.
     """
     coded = codecs(plan)
     shapes = [plan.low_shape] * (2 * ("exp_avg" in coded and (plan.side is not None or not takes_codes)))
     shapes += [shape for key, shape in zip(plan.basis_keys, plan.basis_shapes, strict=True) if key in coded]
-    shapes += [plan.matrix] * plan.compensated
+    shapes += [plan.matrix] * (plan.compensated and not compensates)
     return plan.state_dtype.itemsize * sum(map(math.prod, shapes))
 
 
@@ -392,7 +412,7 @@ def opened(bucket: Bucket, kernel: Any, takes_codes: bool, compensates: bool = F
     if is_plain(plan):
         return bucket
     left = _begins(plan) if takes_codes else {}
-    out = replace(bucket, states=[Opened(plan, state, codecs(plan).keys() - left, kernel) for state in bucket.states])
+    out = replace(bucket, states=_open(plan, bucket.states, codecs(plan).keys() - left, kernel))
     for state, stream in zip(out.states, bucket.streams, strict=True):
         for key, begin in left.items():
             state[key] = Coded(codecs(plan)[key], state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
@@ -418,10 +438,11 @@ def steps_in_place(plan: Plan, takes_codes: bool) -> bool:
 
 def decode_moments_(bucket: Bucket, kernel: Any) -> None:
     """Of an opened bucket, before they change their basis."""
-    for state in bucket.states:
-        for key, value in state.items():
-            if isinstance(value, Coded):
-                state[key] = value.decoded(kernel, bucket.plan.state_dtype)
+    for key in MOMENTS:
+        if isinstance(bucket.states[0].get(key), Coded):
+            wide = decoded(bucket.slot(key), kernel, bucket.plan.state_dtype)  # type: ignore[arg-type]
+            for state, x in zip(bucket.states, wide, strict=True):
+                state[key] = x
 
 
 def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
@@ -441,10 +462,9 @@ def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
 
 def settle_bases_(bucket: Bucket, kernel: Any) -> None:
     """Make new bases what their codes say, so that R and W see the very basis that is kept; rounds to nearest."""
-    for codec, key, _, state in _coded(bucket, bucket.plan.basis_keys):
-        codes, scales = state.kept[key], state.kept[f"{key}_scale"]
-        codec.encode_(state[key], codes, scales, kernel=kernel)
-        state[key].copy_(codec.decode(codes, scales, state[key].dtype, kernel))
+    for _, codec, xs, codes, scales in _coded(bucket, bucket.plan.basis_keys):
+        codec.encode_(xs, codes, scales, kernel=kernel)
+        codec.decode_(xs, codes, scales, kernel)
 
 
 def keep_bases_(bucket: Bucket, kernel: Any) -> None:
@@ -454,16 +474,16 @@ def keep_bases_(bucket: Bucket, kernel: Any) -> None:
 
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     """Rounded as the whole tensor would be: its shards take their places in one stream."""
-    for codec, key, stream, state in _coded(bucket, keys):
-        tensors, seed = (state[key], state.kept[key], state.kept[f"{key}_scale"]), _seed(stream, key)
-        runs = _runs(bucket.plan, key, codec, state[key].shape)
+    for key, codec, xs, codes, scales in _coded(bucket, keys):
+        seeds, steps = [_seed(stream, key) for stream in bucket.streams], bucket.slot("step")
+        runs = _runs(bucket.plan, key, codec, xs[0].shape)
         if len(runs) == 1:
-            codec.encode_(*tensors, seed, state["step"], kernel, runs[0][0] * codec.length)
+            codec.encode_(xs, codes, scales, seeds, steps, kernel, runs[0][0] * codec.length)
             continue
-        rows, at = [reference.rows(x, codec.axis) for x in tensors], 0
+        rows, at = [[reference.rows(x, codec.axis) for x in column] for column in (xs, codes, scales)], 0
         for begin, count in runs:
-            x, codes, scales = (tensor[at : at + count] for tensor in rows)
-            replace(codec, axis=-1).encode_(x, codes, scales, seed, state["step"], begin=begin * codec.length)
+            x, code, scale = ([tensor[at : at + count] for tensor in column] for column in rows)
+            replace(codec, axis=-1).encode_(x, code, scale, seeds, steps, begin=begin * codec.length)
             at += count
 
 
@@ -478,11 +498,13 @@ def _runs(plan: Plan, key: str, codec: Codec, shape: Sequence[int]) -> tuple[tup
     return plan.sharding.runs(tuple(sizes), tuple(axes))
 
 
-def _coded(bucket: Bucket, keys: Iterable[str]) -> Iterator[tuple[Codec, str, int, Opened]]:
-    """Those of the keys that are coded, for every member that has them decoded, with its stream."""
+def _coded(
+    bucket: Bucket, keys: Iterable[str]
+) -> Iterator[tuple[str, Codec, list[Tensor], list[Tensor], list[Tensor]]]:
+    """Those of the keys that are coded and that the bucket has decoded: these tensors, their codes and scales."""
     coded = codecs(bucket.plan)
     for key in keys:
-        for state, stream in zip(bucket.states, bucket.streams, strict=True) if key in coded else ():
-            if isinstance(state.get(key), Tensor):
-                assert isinstance(state, Opened)
-                yield coded[key], key, stream, state
+        if key in coded and isinstance(bucket.states[0].get(key), Tensor):
+            kept = [state.kept for state in bucket.states if isinstance(state, Opened)]
+            codes, scales = [own[key] for own in kept], [own[f"{key}_scale"] for own in kept]
+            yield key, coded[key], bucket.slot(key), codes, scales

@@ -48,7 +48,7 @@ def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
         codec = storage.Codec(kind, bits, axis, shape[axis])
         for x in moments:
             pair = [torch.zeros(s, dtype=t, device=device) for s, t in zip(codec.shapes(shape), (torch.uint8, x.dtype))]
-            codec.encode_(x, *pair)
+            codec.encode_([x], *([own] for own in pair))
             codes.append(pair[0])
             scales.append(pair[1])
     return params, grads, codes, scales, steps
@@ -78,6 +78,29 @@ def update_coded(kernel, lists, axis, bits, transform="none", begin=0):
     ]
     first, second = moments[: len(lows)], moments[len(lows) :]
     return storage.Coding(kernel).adam_update_(lows, first, second, steps, 0.8, 0.95, 1e-3, transform)
+
+
+def assert_codes_alike(kernel, codec, shape, seeds, begin, dtype=torch.float32, pad=16, device="cpu"):
+    """encode_ and decode_ of a list, with the bits of the reference; seeds: three, or none."""
+    xs = [torch.randn(shape, device=device) * torch.logspace(-20, 3, shape[-1], device=device) for _ in range(3)]
+    for x in xs:
+        x[0] = 0
+        x[1].mul_(1e-42)
+    xs = [(x.abs() if codec.kind == "unsigned" else x).to(dtype) for x in xs]
+    steps = [torch.tensor(70000.0 + i, device=device) for i in range(len(seeds))]
+    codes, scales = codec.shapes(shape)
+    code, scale = torch.full(codes, 77, dtype=torch.uint8, device=device), torch.zeros(scales, device=device)
+    mine, theirs, unharmed = twice([[code] * 3, [scale] * 3], pad)
+    for each, kept in ((kernel, mine), (reference, theirs)):
+        codec.encode_(xs, *kept, seeds, steps, each, begin)
+    assert all(torch.equal(a, b) for pair in zip(mine, theirs) for a, b in zip(*pair))
+    assert unharmed()
+    for wide in (torch.float32, torch.bfloat16, torch.float64):
+        (mine,), (wanted,), unharmed = twice([[x.to(wide) for x in xs]], pad)
+        for each, given in ((kernel, mine), (reference, wanted)):
+            codec.decode_(given, *theirs, each)
+        assert all(map(torch.equal, mine, wanted))
+        assert unharmed()
 
 
 def assert_coded_alike(mine, theirs):
@@ -148,11 +171,11 @@ def step_coded_lengths(kernel, lists, side, bits, transform="none", seeds=(), fi
         for i, x in enumerate(column):
             shapes = zip(codec.shapes(x.shape), (torch.uint8, x.dtype))
             codes, scales = (torch.zeros(s, dtype=t, device=x.device) for s, t in shapes)
-            codec.encode_(x, codes, scales)
+            codec.encode_([x], [codes], [scales])
             coded.append(storage.Coded(codec, codes, scales, 2**40 + i, 0))
         kept.append(coded)
     step_lengths(storage.Coding(kernel), (params, grads, *kept, *lengths, bases, steps), side, transform, seeds, finite)
-    return [own.decoded(reference, torch.float32) for column in kept for own in column]
+    return [x for column in kept for x in storage.decoded(column, reference, torch.float32)]
 
 
 def compensated(kernel, what, dtype, device="cpu"):
@@ -186,6 +209,39 @@ def assert_compensated_alike(kernel, dtype, *whats, device="cpu"):
         assert error(mine[1], theirs[1]) < 2e-5, what
         assert error(mine[0], mine[1]) > 5e-5, what
         assert sum((a != b).sum() for a, b in zip(mine[0], theirs[0])) <= 0.002 * 2 * 24 * 40, what
+
+
+LINES = [((1, 9), 1), ((33, 17), 0), ((70, 270), 1), ((24, 40), 0), ((24, 40), None)]  # shapes; what factors are one of
+
+
+def assert_scaled_alike(kernel, dtype, device="cpu"):
+    """Lengths of rows and columns, and W moved by G times a factor for each: rounded, compensated, some left alone.
+
+    A product of three rounds in an order of its own: bfloat16 and float16 may be the next number in one of 500.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    close = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 2e-4)
+    for (shape, dim), rate in zip(
+        LINES, (RATE, torch.tensor([0.5, 0.7, 0.2]), RATE, RATE, torch.tensor(0.7)), strict=True
+    ):
+        params, grads, *_, steps = bucket(shape, None, None, dtype, count=3, device=device)
+        for along in (-1, -2):
+            lengths = [each.line_norms(grads, along, wide) for each in (kernel, reference)]
+            assert [x.shape for x in lengths[0]] == [x.shape for x in lengths[1]]
+            assert error(*lengths) < (1e-14 if wide == torch.float64 else 1e-6)
+        sizes = [1 if dim is None or dim != axis else size for axis, size in enumerate(shape)]
+        factors = [torch.randn(sizes, device=device, dtype=wide) for _ in grads]
+        rests = [(param * 2.0**-10).to(dtype) for param in params]
+        flags = some_unusable((params, grads))
+        for seeds in ((), (2**62 + 1, 7, 8), rests)[: 3 if dtype.itemsize == 2 else 1]:
+            mine, theirs, unharmed = twice((params, grads, factors, steps, rests))
+            for each, (w, g, f, k, own) in ((kernel, mine), (reference, theirs)):
+                given = own if seeds is rests else seeds
+                each.apply_(w, g, [], k, given, rate, 0.1, 0.5, None, finite=flags, factors=f)
+            assert unharmed()
+            assert error(mine[0], theirs[0]) < close
+            assert error(mine[0], params) > 1e-2
+            assert torch.equal(mine[0][1], params[1]), "what its flag says no of moved"
 
 
 def twice(lists, pad=3):

@@ -104,7 +104,7 @@ def assert_same_state(ours: Any, theirs: Any, where: str = "state") -> None:
     """Bit for bit, apart from the clock and the memory that the two runs happened to take."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), where
-        for key in ours.keys() - {"seconds", "peak_and_baseline"}:
+        for key in ours.keys() - {"seconds", "peak_and_baseline", "allocated"}:
             assert_same_state(ours[key], theirs[key], f"{where}[{key!r}]")
     elif isinstance(ours, list | tuple):
         assert len(ours) == len(theirs), where

@@ -16,8 +16,10 @@ from buckets import (
     PARTS,
     assert_coded_alike,
     assert_coded_rows_alike,
+    assert_codes_alike,
     assert_compensated_alike,
     assert_left_alone,
+    assert_scaled_alike,
     bucket,
     coded_bucket,
     error,
@@ -376,6 +378,11 @@ def test_parts_are_rounded_as_the_whole(side, part, halves, request):
     assert all(map(torch.equal, mine, wanted))
 
 
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_lines_are_measured_and_scaled(dtype):
+    assert_scaled_alike(kernels, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_rounding_takes_is_given_back(dtype):
     """Where no product is rounded; elsewhere see test_back_projections and what `fused` and its halves share."""
@@ -502,7 +509,7 @@ def test_momenta_of_what_is_not_finite_are_left_alone(side):
     assert_left_alone(lists, step, kernels, reference)
 
 
-# ---- moments in codes: encode_ and decode with the bits of the reference ---------------------------------------------
+# ---- moments in codes: encode_ and decode_ with the bits of the reference --------------------------------------------
 
 CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((3, 5, 24), -1), ((300, 11), -2), ((24, 70), -2)]
 
@@ -511,24 +518,11 @@ CODED_SHAPES = [((5, 7), -1), ((9, 300), -1), ((3, 5, 24), -1), ((300, 11), -2),
 @pytest.mark.parametrize(("kind", "bits"), [("signed", 8), ("unsigned", 4), ("linear", 8)])
 def test_codes(kind, bits, order, library):
     library.emulator_order(order)
-    table = torch.tensor(storage.values(kind, bits))
     for i, (shape, axis) in enumerate(CODED_SHAPES):
-        x = torch.randn(shape) * torch.logspace(-20, 3, shape[-1])
-        x = x.abs() if kind == "unsigned" else x
-        x[0] = 0
-        x[1].mul_(1e-42)
-        codec, (seed, begin) = storage.Codec(kind, bits, axis, shape[axis]), ((None, 0), (2**62 + 5, 0), (7, 13))[i % 3]
-        codes, scales = codec.shapes(shape)
-        pad = PADS[i % 2]
-        mine, theirs, unharmed = twice([[torch.full(codes, 77, dtype=torch.uint8)], [torch.zeros(scales)]], pad)
-        for kernel, ((code,), (scale,)) in ((kernels, mine), (reference, theirs)):
-            given = x.bfloat16() if i % 2 else x.double()
-            kernel.encode_(given, code, scale, table, axis, seed, torch.tensor(70000.0), begin)
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(mine, theirs))
-        assert unharmed()
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            given = (*(column[0] for column in theirs), table, axis, shape[axis], dtype)
-            assert torch.equal(kernels.decode(*given), reference.decode(*given))
+        seeds, begin = [((), 0), ((2**62 + 5, 7, 8), 0), ((7, 2**40, 9), 13)][i % 3]
+        dtype = torch.bfloat16 if i % 2 else torch.float64
+        codec = storage.Codec(kind, bits, axis, shape[axis])
+        assert_codes_alike(kernels, codec, shape, seeds, begin, dtype, PADS[i % 2])
 
 
 @pytest.mark.parametrize(("shape", "axis"), CODED_SHAPES, ids=str)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from buckets import (
     assert_coded_alike,
+    assert_codes_alike,
     assert_compensated_alike,
+    assert_scaled_alike,
     bucket,
     coded_bucket,
     error,
@@ -229,6 +231,11 @@ def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
             assert unharmed()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lines_are_measured_and_scaled(dtype, kernels):
+    assert_scaled_alike(kernels, dtype, device=GPU)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_what_rounding_takes_is_given_back(dtype, kernels):
     """Where no product is rounded."""
@@ -243,16 +250,8 @@ CODED_SHAPES = [((9, 300), -1), ((1000, 64), -1), ((256, 5461), -2)]  # few: eac
 def test_codes_with_the_bits_of_the_reference(shape, axis, bits, kernels):
     torch.manual_seed(0)
     codec = storage.Codec("signed", bits, axis, shape[axis])
-    x = torch.randn(shape, device=GPU) * torch.logspace(-20, 3, shape[-1], device=GPU)
-    for seed, begin in ((None, 0), (2**62 + 1, 13)):
-        ends = []
-        for kernel in (kernels, reference):
-            kept = [torch.zeros(s, device=GPU) for s in codec.shapes(shape)]
-            kept[0] = kept[0].to(torch.uint8)
-            codec.encode_(x, *kept, seed, torch.tensor(70000.0, device=GPU), kernel, begin)
-            ends.append((*kept, codec.decode(*kept, torch.float32, kernel)))
-        for mine, theirs in zip(*ends, strict=True):
-            assert torch.equal(mine, theirs)
+    for seeds, begin in (((), 0), ((2**62 + 1, 7, 8), 13)):
+        assert_codes_alike(kernels, codec, shape, seeds, begin, device=GPU)
 
 
 @pytest.mark.parametrize(("bits", "transform"), [(8, "none"), (4, "cautious")])
@@ -399,16 +398,31 @@ def test_a_whole_step_is_captured_and_waits_for_nothing(name, kernels):
         assert one.state[param]["step"] == other.state[replayed[name_]]["step"]
 
 
+def launched(call):
+    """Names of what a call launches where Triton's table of addresses is already there."""
+    for _ in range(3):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.parametrize(("rank", "most"), [(64, 4), (300, 5)])
 def test_launches_do_not_grow_with_the_bucket(rank, most, kernels):
-    """Bases to 16 bits, step counts, one fused kernel or two; Triton's table of addresses is already there."""
+    """Bases to 16 bits, step counts, one fused kernel or two."""
     for count in (2, 24):
         lists = bucket((512, 400), rank, "right", torch.bfloat16, count, GPU)
         arguments = (range(count), torch.tensor(0.1), 0.8, 0.95, 1e-3, 0.1, 0.5, "right", "none")
-        for _ in range(3):
-            kernels.projected_adam_(*lists, *arguments)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            kernels.projected_adam_(*lists, *arguments)
-            torch.cuda.synchronize()
-        launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        assert len(launched) <= most, launched
+        names = launched(lambda lists=lists, rest=arguments: kernels.projected_adam_(*lists, *rest))
+        assert len(names) <= most, names
+
+
+def test_bases_of_a_bucket_are_decoded_in_one_launch(kernels):
+    codec = storage.Codec("linear", 4, -1, 300)
+    codes, scales = codec.shapes((512, 300))
+    for count in (2, 24):
+        kept = [torch.zeros(codes, dtype=torch.uint8, device=GPU)] * count, [torch.ones(scales, device=GPU)] * count
+        xs = [torch.empty(512, 300, device=GPU) for _ in range(count)]
+        names = launched(lambda xs=xs, kept=kept: codec.decode_(xs, *kept, kernels))
+        assert len(names) == 1, names

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from buckets import PARTS, part_and_whole
+from buckets import PARTS, assert_scaled_alike, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
@@ -310,6 +310,24 @@ def test_whole_steps_make_no_copy_of_a_matrix(side, dtype, transform):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lines_are_measured_and_scaled(dtype):
+    """Several blocks of rows, and what is not contiguous, besides."""
+    assert_scaled_alike(native, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape in ((300, 1100), (1100, 300)):
+        lists = Lists.random(shape, 0, None, dtype)
+        grads = [grad.mT.contiguous().mT for grad in lists.grads]
+        for dim in (-1, -2):
+            factors = native.line_norms(grads, dim, wide)
+            assert distance(factors, reference.line_norms(lists.grads, dim, wide)) < 1e-6
+            params = [[p.mT.clone().mT for p in lists.params], [p.clone() for p in lists.params]]
+            for kernel, own, g in ((native, params[0], grads), (reference, params[1], lists.grads)):
+                kernel.apply_(own, g, [], lists.steps, lists.seeds, lists.lr, 0.1, 0.5, None, factors=factors)
+            assert distance(*params) < (2e-4 if dtype.itemsize == 2 else 1e-6)
+            assert distance(params[0], lists.params) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("count", [1, 7, 1024, 70_001])
 def test_grad_max(count, dtype):
     rng = torch.Generator().manual_seed(count)
@@ -469,8 +487,9 @@ def arguments(name, lists, transform="none"):
         ),
         "apply_": (
             *(lists.params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side),
-            *(False, philox.ALL),
+            *(False, philox.ALL, []),
         ),
+        "line_norms": (lists.grads, -2, wide),
         "weight_norm_adam_": (
             *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages(0, 0), lists.bases),
             *(lists.steps, lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, side, kind),
@@ -487,7 +506,7 @@ def arguments(name, lists, transform="none"):
     }[name]
 
 
-OF_MATRICES = ("weight_norm_adam_", "compressed_adafactor_")
+OF_MATRICES = ("line_norms", "weight_norm_adam_", "compressed_adafactor_")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "subspace_optim"
 
 # From the ground up. A name is a module or a folder of this package; what shares a name may import each other.
 LAYERS = (
+    ("_ext",),
     ("philox",),
     ("distributed",),
-    ("types", "_ext", "sizes"),
+    ("types", "sizes"),
     ("hyperparameters", "kernels", "kernels.reference"),
     ("storage",),
     ("ops",),

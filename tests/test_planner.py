@@ -28,7 +28,7 @@ def llama(size="tiny", dtype=torch.float32, device="cpu"):
 
 def small(layers=2, **changes):
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 2}
-    return LlamaConfig(**shape, num_hidden_layers=layers, use_cache=False, **changes)
+    return LlamaConfig(**shape | changes, num_hidden_layers=layers, use_cache=False)
 
 
 def measured(model, name, batch, seq, accumulation=1, layerwise="off", **options):
@@ -83,6 +83,20 @@ def test_the_peak_under_codecs_and_projected_gradients(layerwise, options):
     plan = so.plan(model, batch=2, seq=16, accumulation=2, rank=16, layerwise=layerwise, **options)
     found = measured(model, "galore", 2, 16, 2, layerwise=layerwise, rank=16, **options)
     assert plan.peak == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("galore", False), ("flora", False), ("gradnormlorp", True)])
+def test_kahan_copies_no_parameter_where_its_kernel_compensates(name, copies):
+    """As kernels of a GPU do, but for a rule that turns the weights itself; on a CPU a float32 copy is there."""
+    model = LlamaForCausalLM(small(hidden_size=256)).bfloat16()
+    largest = 4 * max(p.numel() for p in model.parameters())
+    more = {}
+    for device in ("cpu", "cuda"):
+        plans = (so.plan(model, name, seq=8, rank=8, device=device, rounding=r) for r in ("kahan", "nearest"))
+        kahan, nearest = (plan.phases["step"] - plan.phases["start"] for plan in plans)
+        more[device] = kahan - nearest
+    assert more["cpu"] > largest / 2
+    assert (more["cuda"] == 0) != copies
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

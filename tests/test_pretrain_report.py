@@ -55,8 +55,15 @@ def test_bytes_are_those_of_the_tensors(finished):
     tensors = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
     counted = sum(value.nbytes for value in tensors if hasattr(value, "nbytes"))
     assert found["optimizer_state"] == counted
-    parts = sum(found[key] for key in report.CATEGORIES)
-    assert parts + found["before_the_model"] >= found["peak"] > found["before_the_model"] > 0
+    assert sum(found[key] for key in report.CATEGORIES) == found["allocated"]
+    assert found["peak"] > found["before_the_model"] > 0
+
+
+def test_what_was_planned_is_beside_what_a_step_took(finished):
+    """Within 5 %, which the planner promises: tensors on both sides, and neither libraries nor the interpreter."""
+    found = json.loads((finished / "report.json").read_text())
+    assert found["bytes"]["allocated"] == pytest.approx(found["plan"]["allocated"], rel=0.05)
+    assert state_at(finished, 12)["allocated"] == found["bytes"]["allocated"]
 
 
 def test_seconds_by_phase_add_up(finished):

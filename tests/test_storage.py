@@ -29,12 +29,17 @@ by_code = pytest.mark.parametrize(("kind", "bits"), [(kind, bits) for kind in KI
 def coded(codec, x, seed=None, step=1, kernel=reference, begin=0):
     """Codes and scales of x."""
     codes, scales = (torch.full(s, 255, dtype=d) for s, d in zip(codec.shapes(x.shape), (torch.uint8, torch.float32)))
-    codec.encode_(x, codes, scales, seed, torch.as_tensor(float(step)), kernel, begin)
+    stream = ([], []) if seed is None else ([seed], [torch.as_tensor(float(step))])
+    codec.encode_([x], [codes], [scales], *stream, kernel, begin)
     return codes, scales
 
 
+def decoded(codec, codes, scales, dtype=torch.float32, kernel=reference):
+    return codec.decode([codes], [scales], dtype, kernel)[0]
+
+
 def through(codec, x, seed=None, step=1, kernel=reference):
-    return codec.decode(*coded(codec, x, seed, step, kernel), torch.float32, kernel)
+    return decoded(codec, *coded(codec, x, seed, step, kernel), kernel=kernel)
 
 
 def blocks_of(x, axis):
@@ -149,8 +154,8 @@ def test_native_codes_have_the_bits_of_the_reference(kind, bits):
             codes, scales = coded(codec, x, seed)
             for ours, exact in zip(coded(codec, x, seed, kernel=native), (codes, scales)):
                 assert torch.equal(ours, exact)
-            decoded = (codec.decode(codes, scales, torch.float64, kernel) for kernel in (native, reference))
-            assert torch.equal(*decoded)
+            both = (decoded(codec, codes, scales, torch.float64, kernel) for kernel in (native, reference))
+            assert torch.equal(*both)
 
 
 TABLES = {f"{kind}-{bits}": torch.tensor(values(kind, bits)) for kind in KINDS for bits in BITS} | {
@@ -186,8 +191,9 @@ def test_ops_are_what_they_say():
     codec, x = Codec("signed", 4, -1, 7), noise(0, (3, 7)).float()
     codes, scales = coded(codec, x, seed=1)
     table = torch.tensor(values("signed", 4))
-    torch.library.opcheck(torch.ops.subspace_optim.encode_, (x, codes, scales, table, -1, 1, torch.tensor(1.0), 0))
-    torch.library.opcheck(torch.ops.subspace_optim.decode, (codes, scales, table, -1, 7, torch.float32))
+    kept = ([x], [codes], [scales], table, -1)
+    torch.library.opcheck(torch.ops.subspace_optim.encode_, (*kept, [1], [torch.tensor(1.0)], 0))
+    torch.library.opcheck(torch.ops.subspace_optim.decode_, kept)
     squares, square_scales = coded(Codec("unsigned", 4, -1, 7), x.square())
     torch.library.opcheck(
         torch.ops.subspace_optim.coded_adam_,
@@ -259,14 +265,14 @@ def adam_on_codes(
             *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, *rest, transform)
         )
     else:
-        pairs = zip(kept, [codec[0]] * count + [codec[1]] * count)
-        moments = [own.decode(*pair, wide, kernel) for pair, own in pairs]
+        columns = [(own, slice(i * count, (i + 1) * count)) for i, own in enumerate(codec)]
+        moments = [own.decode(codes[at], scales[at], wide, kernel) for own, at in columns]
         kernel.projected_adam_(
-            *(params, grads, moments[:count], moments[count:], [], steps, seeds, *rest, None, transform),
+            *(params, grads, *moments, [], steps, seeds, *rest, None, transform),
             window=Window(begin),
         )
-        for i, moment in enumerate(moments):
-            codec[i // count].encode_(moment, codes[i], scales[i], streams[i], steps[i % count], kernel, begin)
+        for xs, (own, at) in zip(moments, columns):
+            own.encode_(xs, codes[at], scales[at], streams[at], steps, kernel, begin)
     return dict(zip(SLOTS, (params, codes, scales, steps)))
 
 
@@ -481,9 +487,31 @@ def test_slow_averages_decay(bits):
         opt.step()
     state = opt.state[p]
     codec = codecs(make_plan((64, 64), torch.float32, CPU, None, state_bits=bits))["exp_avg_sq"]
-    V = codec.decode(state["exp_avg_sq"], state["exp_avg_sq_scale"], torch.float32, reference)[:, 1:]
+    V = decoded(codec, state["exp_avg_sq"], state["exp_avg_sq_scale"])[:, 1:]
     expected = 1e-3 * 0.999**299
     assert V.mean().item() == pytest.approx(expected, rel=0.05 if bits == 8 else 0.2)
+
+
+@pytest.mark.parametrize("projector", [so.SVD(), so.OnlinePCA()], ids=["svd", "pca"])
+def test_a_step_codes_a_bucket_at_a_time(projector, monkeypatch):
+    """Decoded and coded again: a call for each of the moments and the bases, of one matrix or of four."""
+    calls = []
+    for name in ("encode_", "decode_"):
+        real = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *given, real=real: (calls.append(len(given[0])), real(*given)))
+    counts = []
+    for count in (1, 4):
+        params = [torch.nn.Parameter(noise(i, (24, 16)).float()) for i in range(count)]
+        how = {"rank": 4, "lr": 0.1, "state_bits": 8, "basis_bits": 4, "stagger": False, "backend": "reference"}
+        opt = so.SubspaceOptimizer(params, projector, so.Momentum(), **how)
+        for step in range(2):
+            calls.clear()
+            for i, p in enumerate(params):
+                p.grad = noise(10 * step + i, p.shape).float()
+            opt.step()
+        assert set(calls) == {count}
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
 
 
 def test_a_basis_that_learns_goes_where_float32_has_it_go():
@@ -497,11 +525,17 @@ def test_a_basis_that_learns_goes_where_float32_has_it_go():
         for step in range(40):
             p.grad = noise(step, shape).float()
             opt.step()
-            yield storage.with_bases(plan, opt.state[p], reference)["basis"].clone()
+            (state,) = storage.with_bases(plan, [opt.state[p]], reference)
+            yield state["basis"].clone()
 
     exact, byte, nibble = (list(bases(bits)) for bits in (32, 8, 4))
     assert (byte[-1] - exact[-1]).norm() < 0.2 * (exact[-1] - exact[0]).norm()
     assert not torch.equal(nibble[0], nibble[-1])
+
+
+def test_a_rank_without_a_matrix_of_a_stack_decodes_nothing():
+    plan = make_plan((3, 24, 16), torch.float32, CPU, 4, batch_dims=1, basis_bits=8)
+    assert storage.with_bases(plan, [], reference) == []
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
@@ -523,7 +557,7 @@ def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
         p.grad = noise(step + 1, (96, 64)).float()
         opt.step()
         state = opt.state[p]
-        kept.append(codecs(plan)["basis"].decode(state["basis"], state["basis_scale"], torch.float32, reference))
+        kept.append(decoded(codecs(plan)["basis"], state["basis"], state["basis_scale"]))
     pairs = zip(seen[1:], kept) if isinstance(projector, so.OnlinePCA) else zip(seen, kept)  # which moves on after
     assert all(torch.equal(used, stored) for (used,), stored in pairs)
     for (used,) in seen[:1] if isinstance(projector, so.OnlinePCA) else seen:  # which drifts off orthonormality

@@ -30,12 +30,12 @@ REGISTERS = 255  # more than that a thread cannot have: the rest is spilled
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
+INTEGERS += ("width", "row_step", "column_step")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 FLOATS = ("signed", "unsigned", "lengths", "numbers", "squares", "clips", "sums", "row_sums", "column_sums")
 TYPES |= {"kept": "*i64", "tiles": "i32"} | dict.fromkeys(FLOATS, "*fp32")
-STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "out", "code", "scale") for dim in ("row", "column"))
-TYPES |= {"x": "*fp32", "out": "*fp32", "codes": "*u8", "scales": "*fp32", "values": "*fp32", "step": "*fp32"}
-TYPES |= {"seed": "i64", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
+STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "code", "scale") for dim in ("row", "column"))
+TYPES |= {"values": "*fp32", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {
     "ALIGN": 16,
     "LR": -1,
@@ -48,6 +48,7 @@ COMMON = {
     "COUNT": False,
     "SIGN": False,
     "EPS_INSIDE": False,
+    "FACTORS": False,
     "ADAM": True,
     "APPLY": True,
 }
@@ -66,7 +67,7 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=F
     constants |= {} if rows else dict.fromkeys(("lengths", "squares", "numbers"))
     constants = {name: value for name, value in constants.items() if name in names}
     multiples = {"table", "corrections", "size", "m", "n", "rank", "pitch"} - (set() if aligned else {"n", "pitch"})
-    multiples |= {"x", "out", "codes", "scales", "x_row", "out_row", "code_row", "length"}
+    multiples |= {"x_row", "code_row", "length"}
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else TYPES.get(name, "fp32") for name in names},
@@ -91,10 +92,11 @@ def variants(capability):
     for noise in (8, 1, -1):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
         yield f"elementwise, noise {noise}", device.elementwise, what
+        yield f"elementwise, factors, noise {noise}", device.elementwise, what | {"ADAM": False, "FACTORS": True}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}
-            tile |= dict.fromkeys(("x_column", "out_column", "code_column", "scale_column"), 1)
+            tile |= dict.fromkeys(("x_column", "code_column", "scale_column"), 1) | {"X": tl.float32}
             yield f"encode, packed {packed}", device.encode, tile | {"LAST": 254}
             yield f"decode, packed {packed}", device.decode, tile
         coded = elements | tile | {"SIGNED_LAST": 13, "UNSIGNED_LAST": 14, "ROUND": 8, "warps": kernels._CODED_WARPS}

@@ -311,6 +311,39 @@ void apply(int64_t products, const Tensor& param, const Tensor& update, const Su
   w.finish();
 }
 
+// The same of a dense U times a factor a row, a column or for all, in blocks of rows.
+template <class A>
+void apply_scaled(const Tensor& param, const Tensor& update, const Tensor& factor, const Writing& how, Scratch& scratch) {
+  const int64_t rows = param.size(0), columns = param.size(1), step = lines_of(columns);
+  STD_TORCH_CHECK(param.dim() == 2 && update.numel() == param.numel(), "an update must have the shape of its matrix");
+  STD_TORCH_CHECK(factor.dim() == 2 && (factor.size(0) == 1 || factor.size(0) == rows) &&
+                      (factor.size(1) == 1 || factor.size(1) == columns),
+                  "factors must be one a row, one a column, or one");
+  const Tensor factors = readable<A>(factor), readable_update = readable<A>(update);
+  const A* given = factors.const_data_ptr<A>();
+  std::vector<A> row(rows, 1), column(columns, 1);
+  if (factor.size(0) == 1) {
+    for (int64_t i = 0; i < columns; ++i) column[i] = given[factor.size(1) == 1 ? 0 : i];
+  } else {
+    row.assign(given, given + rows);
+  }
+  Written w(param);
+  const Target<A> t = how.into<A>(w.memory);
+  const Source u = source(readable_update);
+  const auto loop = kernels().of<A>().scale;
+  for (int64_t begin = 0; begin < rows; begin += step) {
+    const int64_t count = std::min(step, rows - begin);
+    const Tensor block = scratch.take(factors, scalar_type<A>, {count, columns});
+    A* scaled = block.mutable_data_ptr<A>();
+    over_rows(count, columns, [&](int64_t first, int64_t last) {
+      loop(u, (begin + first) * columns, last - first, columns, row.data() + begin + first, column.data(),
+           scaled + first * columns);
+    });
+    write(t, block, false, begin * columns);
+  }
+  w.finish();
+}
+
 // Moments and parameter in one pass; cautious takes two.
 template <class A>
 void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& param, const Tensor& grad, const Tensor& m,
@@ -625,8 +658,9 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
 }
 
 void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std::vector<int64_t> seeds, Tensor lr,
-              double weight_decay, double scale, int64_t side, bool sign, std::vector<int64_t> window,
+              double weight_decay, double scale, int64_t side, bool sign, std::vector<int64_t> window, Tensors factors,
               int64_t products) {
+  check(factors.empty() || (factors.size() == params.size() && side == kDense));
   check(updates.size() == params.size() && steps.size() == params.size());
   check(seeds.empty() || seeds.size() == params.size());
   const auto spaces = subspaces(bases, side, params.size());
@@ -637,6 +671,7 @@ void apply_op(Tensors params, Tensors updates, Tensors bases, Tensors steps, std
                       window_of(window)};
     with_type_of(params[i], [&](auto zero) {
       using A = decltype(zero);
+      if (!factors.empty()) return apply_scaled<A>(params[i], updates[i], factors[i], how, scratch);
       const Tensor update = torch::stable::contiguous(torch::stable::to(updates[i], scalar_type<A>));
       apply<A>(products, params[i], update, spaces[i], how, scratch);
     });
@@ -736,6 +771,39 @@ void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Te
   }
 }
 
+// Lengths of the rows (dim -1) or columns (dim -2) of every matrix.
+Tensors line_norms_op(Tensors grads, int64_t dim, ScalarType dtype) {
+  STD_TORCH_CHECK(dim == -1 || dim == -2, "lines are rows or columns");
+  Tensors norms;
+  for (const Tensor& grad : grads) {
+    const int64_t rows = grad.size(0), columns = grad.size(1), along = dim == -1 ? columns : rows;
+    norms.push_back(torch::stable::new_empty(
+        grad, dim == -1 ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{1, columns}, dtype));
+    with_type_of(norms.back(), [&](auto zero) {
+      using A = decltype(zero);
+      const Tensor wide = readable<A>(grad);
+      const Source g = source(wide);
+      A* norm = norms.back().template mutable_data_ptr<A>();
+      const auto loops = kernels().of<A>();
+      const auto roots = [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) norm[i] = along > 0 ? std::sqrt(norm[i] * static_cast<A>(along)) : 0;
+      };
+      if (dim == -1) {
+        over_rows(rows, std::max<int64_t>(1, columns), [&](int64_t first, int64_t last) {
+          loops.square_rows(g, first * columns, last - first, columns, norm + first);
+          roots(first, last);
+        });
+      } else {
+        over_rows(columns, std::max<int64_t>(1, rows), [&](int64_t first, int64_t last) {
+          loops.square_columns(g, rows, columns, first, last, norm);
+          roots(first, last);
+        });
+      }
+    });
+  }
+  return norms;
+}
+
 // The largest |g| of every gradient, as float64; NaN if there is one.
 Tensor grad_max_op(Tensors grads) {
   const auto count = static_cast<int64_t>(grads.size());
@@ -799,28 +867,37 @@ void over_rows(const Coded& c, const F& f) {
   });
 }
 
-void encode_op(Tensor x, Tensor codes, Tensor scales, Tensor table, int64_t axis, std::optional<int64_t> seed,
-               Tensor step, int64_t origin) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
-  const Coded c = coded(codes, scales, table, axis, x.size(x.dim() + axis));
-  STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
-  const float* data = wide.const_data_ptr<float>();
-  const auto count = static_cast<uint32_t>(seed ? value(step) : 0);
-  const Stream stream{static_cast<uint64_t>(seed.value_or(0)), count, {origin}};
+// No seeds: to nearest.
+void encode_op(Tensors xs, Tensors codes, Tensors scales, Tensor table, int64_t axis, std::vector<int64_t> seeds,
+               Tensors steps, int64_t origin) {
+  check(codes.size() == xs.size() && scales.size() == xs.size());
+  check(seeds.empty() || (seeds.size() == xs.size() && steps.size() == xs.size()));
   const auto loop = kernels().encode;
-  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, seed ? &stream : nullptr, begin, end); });
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor wide = torch::stable::contiguous(torch::stable::to(xs[i], ScalarType::Float));
+    const Coded c = coded(codes[i], scales[i], table, axis, xs[i].size(xs[i].dim() + axis));
+    STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
+    const float* data = wide.const_data_ptr<float>();
+    Stream stream{0, 0, {origin}};
+    if (!seeds.empty()) stream = {static_cast<uint64_t>(seeds[i]), static_cast<uint32_t>(value(steps[i])), {origin}};
+    const Stream* random = seeds.empty() ? nullptr : &stream;
+    over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, random, begin, end); });
+  }
 }
 
-Tensor decode_op(Tensor codes, Tensor scales, Tensor table, int64_t axis, int64_t length, ScalarType dtype) {
-  const Coded c = coded(codes, scales, table, axis, length);
-  const auto sizes = codes.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape[shape.size() + axis] = length;
-  const Tensor out = torch::stable::new_empty(codes, shape, ScalarType::Float);
-  float* data = out.mutable_data_ptr<float>();
+void decode_op(Tensors xs, Tensors codes, Tensors scales, Tensor table, int64_t axis) {
+  check(codes.size() == xs.size() && scales.size() == xs.size());
   const auto loop = kernels().decode;
-  over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
-  return torch::stable::to(out, dtype);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    Tensor x = xs[i];
+    const bool own = x.scalar_type() == ScalarType::Float && x.is_contiguous();
+    const Tensor wide = own ? x : torch::stable::new_empty(x, x.sizes(), ScalarType::Float);
+    const Coded c = coded(codes[i], scales[i], table, axis, x.size(x.dim() + axis));
+    STD_TORCH_CHECK(wide.numel() == c.rows * c.length, "codes must have the shape of the tensor");
+    float* data = wide.mutable_data_ptr<float>();
+    over_rows(c, [&](int64_t begin, int64_t end) { loop(c, data, begin, end); });
+    if (!own) torch::stable::copy_(x, wide);
+  }
 }
 
 // Moments come flat: all the first ones, then all the second ones.
@@ -884,9 +961,10 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("projected_adam_", TORCH_BOX(&sso::projected_adam_op));
   m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));
   m.impl("compressed_adafactor_", TORCH_BOX(&sso::compressed_adafactor_op));
+  m.impl("line_norms", TORCH_BOX(&sso::line_norms_op));
   m.impl("grad_max", TORCH_BOX(&sso::grad_max_op));
   m.impl("words_", TORCH_BOX(&sso::words_op));
   m.impl("encode_", TORCH_BOX(&sso::encode_op));
-  m.impl("decode", TORCH_BOX(&sso::decode_op));
+  m.impl("decode_", TORCH_BOX(&sso::decode_op));
   m.impl("coded_adam_", TORCH_BOX(&sso::coded_adam_op));
 }

@@ -165,33 +165,43 @@ struct Kept {
   }
 };
 
-// ---- one tensor -----------------------------------------------------------------------------------------------------
+// ---- codes alone ----------------------------------------------------------------------------------------------------
+
+struct KeptGroup {
+  void* x[kGroup];
+  Kept kept[kGroup];
+  const float* step[kGroup];  // with the seed, of the rounding
+  uint64_t seed[kGroup];
+};
 
 __global__ void __launch_bounds__(kThreads)
-    encode(const void* x, Type type, Kept kept, Layout l, Values values, bool stochastic, uint64_t seed,
-           const float* step, int64_t begin) {
+    encode(KeptGroup group, Type type, Layout l, Values values, bool stochastic, int64_t begin) {
+  const int y = blockIdx.y;
   Shared& shared = *shared_memory<Shared>();
   shared.start(values);
   __syncthreads();
   const Own own(l);
   float run[kRun];
   with_type(type, [&](auto* null) {
-    read(static_cast<const std::remove_pointer_t<decltype(null)>*>(x) + own.place(l), own.count, run, l.stride());
+    read(static_cast<const std::remove_pointer_t<decltype(null)>*>(group.x[y]) + own.place(l), own.count, run,
+         l.stride());
   });
   shared.see(own, run);
   __syncthreads();
-  kept.encode(l, own, shared, values.count, run, stochastic, seed, static_cast<uint32_t>(*step), begin);
+  const auto step = static_cast<uint32_t>(stochastic ? *group.step[y] : 0);
+  group.kept[y].encode(l, own, shared, values.count, run, stochastic, group.seed[y], step, begin);
 }
 
-__global__ void __launch_bounds__(kThreads) decode(void* out, Type type, Kept kept, Layout l, Values values) {
+__global__ void __launch_bounds__(kThreads) decode(KeptGroup group, Type type, Layout l, Values values) {
+  const int y = blockIdx.y;
   Shared& shared = *shared_memory<Shared>();
   shared.start(values);
   __syncthreads();
   const Own own(l);
   float run[kRun];
-  kept.decode(l, own, shared, run);
+  group.kept[y].decode(l, own, shared, run);
   with_type(type, [&](auto* null) {
-    write(static_cast<decltype(null)>(out) + own.place(l), own.count, run, l.stride());
+    write(static_cast<decltype(null)>(group.x[y]) + own.place(l), own.count, run, l.stride());
   });
 }
 

@@ -92,6 +92,8 @@ struct Dense {
   Rounding rounding;
   int64_t counted;  // elements that the share of cautious is of, once it is known
   Window window;
+  int64_t width;  // of a row, and how far apart the factors of rows, and of columns, are: in the place of a basis
+  int row_step, column_step;
 };
 
 __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moments moments, Scalars* all, int64_t size) {
@@ -115,6 +117,11 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
       }
     }
     if (how.store) write(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
+    if (const auto* factors = static_cast<const float*>(group.basis[blockIdx.y])) {
+      for (int i = 0; i < count; ++i) {
+        x[i] *= factors[(first + i) / how.width * how.row_step + (first + i) % how.width * how.column_step];
+      }
+    }
     if (how.write) {
       const Writing writing(scalars, how.counted, how.sign, how.rounding, group.seed[blockIdx.y],
                             group.out[blockIdx.y], how.window);

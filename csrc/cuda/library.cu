@@ -55,6 +55,16 @@ CodedGroup coded_group_of(const uint64_t* table, int64_t count, int members, int
   return group;
 }
 
+KeptGroup kept_group_of(const uint64_t* table, int64_t count, int members, int64_t first) {
+  KeptGroup group{};
+  const uint64_t* row = table + first;
+  for (int i = 0; i < members; ++i, ++row) {
+    group.x[i] = reinterpret_cast<void*>(row[0]);
+    group.kept[i] = {reinterpret_cast<uint8_t*>(row[count]), reinterpret_cast<float*>(row[2 * count])};
+  }
+  return group;
+}
+
 Layout layout(int64_t rows, int64_t length, int columns, int packed) {
   int width = 1;
   while (width < kScaled / kRun && width * kRun < length) width *= 2;
@@ -130,10 +140,12 @@ SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, 
 // See Dense. The outputs are float32 where N is stored. A window of several rows has a multiple of kRun columns.
 SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, int out, int adam, int advance, int store,
                   int write, double beta1, double beta2, int transform, int64_t counted, int sign, int rounding,
-                  int64_t origin, int64_t columns, int64_t pitch, void* scalars, void* stream) {
+                  int64_t origin, int64_t columns, int64_t pitch, int64_t width, int row_step, int column_step,
+                  void* scalars, void* stream) {
   if (size == 0) return 0;
   const Dense how{static_cast<Type>(in), static_cast<Type>(out), adam != 0, advance != 0, store != 0, write != 0,
-                  sign != 0, static_cast<Rounding>(rounding), counted, {origin, columns, pitch}};
+                  sign != 0, static_cast<Rounding>(rounding), counted, {origin, columns, pitch}, width, row_step,
+                  column_step};
   return over_groups(count, [&](int members, int64_t first) {
     return launch(dense, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
                   group_of(table, count, members, first), how, moments(beta1, beta2, transform),
@@ -230,20 +242,31 @@ SSO_API sso_factors(int64_t count, const float* squares, float* aims, int column
   });
 }
 
+// Of every G (rows, columns), sums of squares, see square_sums; without scalars, of all of them.
+SSO_API sso_square_sums(int64_t count, const uint64_t* table, int rows, int columns, int type, float* by_row,
+                        float* by_column, const void* scalars, void* stream) {
+  const int64_t across = blocks_of(columns, kSumColumns), down = blocks_of(rows, kSumRows);
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(square_sums, grid(across * down, members), kThreads, kThreads * kRun * sizeof(float), stream,
+                  group_of(table, count, members, first), static_cast<Type>(type),
+                  scalars ? static_cast<const Scalars*>(scalars) + first : nullptr, rows, columns,
+                  by_row + first * across * rows, by_column + first * down * columns);
+  });
+}
+
 // G (rows, columns) in the place of inputs, averages of its squares in that of moments: they advance, and numbers are
 // (count, rows + columns). by_row (count, tiles of columns, rows) and by_column (count, tiles of rows, columns) are used.
 SSO_API sso_normalisers(int64_t count, const uint64_t* table, int rows, int columns, int type, double decay,
                         float* by_row, float* by_column, float* numbers, const void* scalars, void* stream) {
   const int64_t across = blocks_of(columns, kSumColumns), down = blocks_of(rows, kSumRows);
   const int64_t lines = blocks_of(std::max(rows, columns), kThreads);
+  const int failed = sso_square_sums(count, table, rows, columns, type, by_row, by_column, scalars, stream);
+  if (failed != 0) return failed;
   return over_groups(count, [&](int members, int64_t first) {
     const Group group = group_of(table, count, members, first);
     const Scalars* all = static_cast<const Scalars*>(scalars) + first;
     float *row_sums = by_row + first * across * rows, *column_sums = by_column + first * down * columns;
-    int error = launch(square_sums, grid(across * down, members), kThreads, kThreads * kRun * sizeof(float), stream,
-                       group, static_cast<Type>(type), all, rows, columns, row_sums, column_sums);
-    if (error != 0) return error;
-    error = launch(averages, grid(lines, members), kThreads, 0, stream, group, all, decay, rows, columns, row_sums,
+    const int error = launch(averages, grid(lines, members), kThreads, 0, stream, group, all, decay, rows, columns, row_sums,
                    column_sums);
     if (error != 0) return error;
     return launch(normalisers, grid(lines, members), kThreads, kThreads / 32 * sizeof(float), stream, group, all, rows,
@@ -293,26 +316,34 @@ SSO_API sso_project_normalised(int64_t count, const uint64_t* table, int left, i
   });
 }
 
-// x (rows, length), or its transpose where `columns`, to codes and scales; `values`: of the table. To nearest, or by the
-// stream (seed, step) from `begin` on. What is packed has two codes to a byte.
-SSO_API sso_encode(const void* x, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
-                   int64_t length, int columns, int packed, int stochastic, uint64_t seed, const void* step,
-                   int64_t begin, void* stream) {
+// x (rows, length), or its transpose where `columns`, to codes and scales; what is packed has two codes to a byte. The
+// table is of five rows: the addresses of x, codes, scales and step counts, and seeds; `values` are those of the codes. To
+// nearest, or by the streams (seed, step) from `begin` on.
+SSO_API sso_encode(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed, int type,
+                   const void* values, int value_count, int stochastic, int64_t begin, void* stream) {
   const Layout l = layout(rows, length, columns, packed);
   if (l.tiles() == 0) return 0;
-  return launch(encode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, x, static_cast<Type>(type),
-                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
-                Values{static_cast<const float*>(table), values}, stochastic != 0, seed,
-                static_cast<const float*>(step), begin);
+  return over_groups(count, [&](int members, int64_t first) {
+    KeptGroup group = kept_group_of(table, count, members, first);
+    for (int i = 0; i < members; ++i) {
+      group.step[i] = reinterpret_cast<const float*>(table[3 * count + first + i]);
+      group.seed[i] = table[4 * count + first + i];
+    }
+    return launch(encode, grid(l.tiles(), members), kThreads, sizeof(Shared), stream, group, static_cast<Type>(type), l,
+                  Values{static_cast<const float*>(values), value_count}, stochastic != 0, begin);
+  });
 }
 
-SSO_API sso_decode(void* out, int type, void* codes, void* scales, const void* table, int values, int64_t rows,
-                   int64_t length, int columns, int packed, void* stream) {
+// Back from the first three rows of such a table.
+SSO_API sso_decode(int64_t count, const uint64_t* table, int64_t rows, int64_t length, int columns, int packed, int type,
+                   const void* values, int value_count, void* stream) {
   const Layout l = layout(rows, length, columns, packed);
   if (l.tiles() == 0) return 0;
-  return launch(decode, grid(l.tiles(), 1), kThreads, sizeof(Shared), stream, out, static_cast<Type>(type),
-                Kept{static_cast<uint8_t*>(codes), static_cast<float*>(scales)}, l,
-                Values{static_cast<const float*>(table), values});
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(decode, grid(l.tiles(), members), kThreads, sizeof(Shared), stream,
+                  kept_group_of(table, count, members, first), static_cast<Type>(type), l,
+                  Values{static_cast<const float*>(values), value_count});
+  });
 }
 
 // See CodedHow. The table is of nine rows: the addresses of outputs, inputs, codes of the first and of the second

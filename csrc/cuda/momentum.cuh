@@ -27,7 +27,7 @@ SSO_DEVICE double block_sum(float x, float* shared) {
 __global__ void __launch_bounds__(kThreads)
     square_sums(Group group, Type type, const Scalars* all, int rows, int columns, float* by_row, float* by_column) {
   const int64_t y = blockIdx.y;
-  if (all[y].skip) return;
+  if (all && all[y].skip) return;
   float* shared = shared_memory<float>();  // (warp, column)
   const int across = ceil_div(columns, kSumColumns), i = blockIdx.x / across, j = blockIdx.x % across;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = j * kSumColumns + lane * kRun;

@@ -95,13 +95,13 @@ class ProjectedState:
             self.bytes_whole += grad.nbytes
             plan = self.opt.low_plan(self._index[param], param) if param in self._index else None
             if plan is not None and plan.members and _smaller(plan):
-                bases, kernel = self.opt.bases(plan, param), resolve(self.opt.backend, plan)
+                bases, kernel = self.opt.bases(plan, [param]), resolve(self.opt.backend, plan)
                 lows = kernel.project(plan.matrices(grad), flat(bases), plan.side, plan.state_dtype)
                 members.append(_Member(param, grad, plan, bases, lows))
                 continue
             if param in self._errors:  # seen in the basis that the coming step renews
                 plan = self.opt.plan_of(self._index[param], param)
-                bases = self.opt.bases(plan, param)
+                bases = self.opt.bases(plan, [param])
                 grad.add_(self._seen(_Member(param, grad, plan, bases, self._errors.pop(param))))
             whole.append(grad)
         ranks = dist.get_world_size(self.group)
@@ -179,19 +179,20 @@ class ProjectedState:
         for member in members:
             if self.error_feedback and member.param in self._errors:
                 torch._foreach_add_(member.lows, self._errors[member.param])
-            left = []
-            for low in member.lows:
-                codec = self._codec(low)
-                codes, scales = (
-                    torch.empty(shape, dtype=dtype, device=low.device)
-                    for shape, dtype in zip(codec.shapes(low.shape), (torch.uint8, torch.float32), strict=True)
-                )
-                codec.encode_(low, codes, scales)
-                left.append(torch.nan_to_num(low - codec.decode(codes, scales, low.dtype), 0.0, 0.0, 0.0))
-                scales.masked_fill_(~low.isfinite().all(), math.nan)  # a bad gradient is bad on every rank
-                pieces += [codes.flatten(), scales.flatten().view(torch.uint8)]
+            first = member.lows[0]
+            codec = self._codec(first)
+            codes, scales = (
+                [torch.empty(shape, dtype=dtype, device=first.device) for _ in member.lows]
+                for shape, dtype in zip(codec.shapes(first.shape), (torch.uint8, torch.float32), strict=True)
+            )
+            codec.encode_(member.lows, codes, scales)
             if self.error_feedback:
-                self._errors[member.param] = left
+                sent = codec.decode(codes, scales, first.dtype)
+                left = (low - part for low, part in zip(member.lows, sent, strict=True))
+                self._errors[member.param] = [torch.nan_to_num(error, 0.0, 0.0, 0.0) for error in left]
+            for low, code, scale in zip(member.lows, codes, scales, strict=True):
+                scale.masked_fill_(~low.isfinite().all(), math.nan)  # a bad gradient is bad on every rank
+                pieces += [code.flatten(), scale.flatten().view(torch.uint8)]
         return torch.cat(pieces)
 
     def _decoded(self, received: Iterable[Tensor], lows: list[Tensor]) -> list[Tensor]:
@@ -204,7 +205,8 @@ class ProjectedState:
                 codes, scales = (math.prod(shape) for shape in codec.shapes(total.shape))
                 code, scale = message[at : at + codes], message[at + codes : at + codes + 4 * scales].clone()
                 shapes = codec.shapes(total.shape)
-                total += codec.decode(code.view(shapes[0]), scale.view(torch.float32).view(shapes[1]), total.dtype)
+                scale = scale.view(torch.float32).view(shapes[1])
+                total += codec.decode([code.view(shapes[0])], [scale], total.dtype)[0]
                 at += codes + 4 * scales
         torch._foreach_div_(totals, dist.get_world_size(self.group))
         return totals

@@ -30,16 +30,17 @@ from torch.utils.dlpack import from_dlpack
 from ..philox import ALL, Window, stochastic_round_
 from ..types import Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode, encode_, grad_max, project, transform_, write_
+from .reference import back, coded_adam_, decode_, encode_, grad_max, line_norms, project, transform_, write_
 
 __all__ = [
     "adam_update_",
     "apply_",
     "back",
     "coded_adam_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
+    "line_norms",
     "project",
     "projected_adam_",
     "transform_",
@@ -200,14 +201,18 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
     is_product = side is not None and params[0].dtype == updates[0].dtype and not sign
     if finite is not None or is_product or window != ALL or not _fits(params, updates):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
+        reference.apply_(params, updates, bases, steps, *how)
         return
     count = len(params)
-    moved = (back(update, bases[i::count], side) for i, update in enumerate(updates))
+    moved = (
+        update * factors[i] if factors else back(update, bases[i::count], side) for i, update in enumerate(updates)
+    )
     rates = _rates(count, lr, weight_decay, scale)
     _run(_move_, params, moved, rates, steps, _seeds(count, seeds), sign=sign)
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused

@@ -10,7 +10,7 @@
     blend     Flora: D = (1-β₁)U + β₁back(M), once for its root mean square and once to write W; `normalisers` before it
               are what makes G to U, and `project_normalised` after it averages M
     coded     dense, or R that is there already, on moments kept as codes: decoded, advanced, coded again and W or N
-              written in one pass; encode and decode are of one tensor
+              written in one pass; encode, and decode, its inverse
 
 Up to sixty-four tensors share a launch. Nothing here waits for the device, and a step can be captured in a CUDA graph.
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Seeds, Side
 from . import reference
-from .reference import Codes, back, part_of, transform_
+from .reference import Codes, back, lines_of, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -44,9 +44,10 @@ __all__ = [
     "coded_adam_",
     "coded_adam_update_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
+    "line_norms",
     "project",
     "projected_adam_",
     "transform_",
@@ -68,7 +69,7 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "shared_bytes": "ii",
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
-    "dense": "lpliiiiiiddiliilllpp",
+    "dense": "lpliiiiiiddiliilllliipp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
     "apply": "lpiiiiiliilllpppp",
@@ -76,11 +77,12 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "lengths": "lpiiiddpppp",
     "project_tangents": "lpiiiiippp",
     "factors": "lppiip",
+    "square_sums": "lpiiipppp",
     "normalisers": "lpiiidppppp",
     "blend": "lpiiiiidiidpppp",
     "project_normalised": "lpiiiiipdpp",
-    "encode": "pipppilliiiuplp",
-    "decode": "pipppilliip",
+    "encode": "lplliiipiilp",
+    "decode": "lplliiipip",
     "coded": "lplliipipiliiiiddilipp",
 }
 
@@ -311,6 +313,7 @@ def _write(
     window: Window = ALL,
     counted: int = 0,
     aims: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """W of every back(N).
 
@@ -320,9 +323,9 @@ def _write(
     kind, device, count = params[0].dtype, params[0].device, len(params)
     if side is None:
         _launch(
-            *("dense", device, count, _table(params, updates, seeds=seeds), params[0].numel()),
+            *("dense", device, count, _table(params, updates, bases=factors, seeds=seeds), params[0].numel()),
             *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_NO_ADAM.numbers),
-            *(counted, sign, _rounding(seeds), *window, scalars.data_ptr()),
+            *(counted, sign, _rounding(seeds), *window, *lines_of(factors, params[0]), scalars.data_ptr()),
         )
         return
     if side == "both":
@@ -363,6 +366,27 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     return out
 
 
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """See the reference; G is read once for all of the bucket."""
+    if dtype != torch.float32 or not _fits(grads):
+        return reference.line_norms(grads, dim, dtype)
+    (m, n), by_row, by_column = grads[0].shape, *_square_sums(grads)
+    where = (_table(grads, grads), m, n, TYPES.index(grads[0].dtype))
+    _launch("square_sums", grads[0].device, len(grads), *where, by_row.data_ptr(), by_column.data_ptr(), None)
+    norms = by_row.sum(1).sqrt_().unsqueeze(-1) if dim == -1 else by_column.sum(1, keepdim=True).sqrt_()
+    return list(norms.unbind())
+
+
+def _square_sums(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Room for sums of squares: of rows (count, tiles of columns, m), and of columns (count, tiles of rows, n)."""
+    (m, n), count, device = grads[0].shape, len(grads), grads[0].device
+    down, across = (-(-size // tile) for size, tile in zip((m, n), _SUMS, strict=True))
+    by_row, by_column = (
+        torch.empty((count, *size), dtype=torch.float32, device=device) for size in ((across, m), (down, n))
+    )
+    return by_row, by_column
+
+
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """See the reference."""
     if side is None or dtype != torch.float32 or not _fits(grads, bases=bases):
@@ -397,7 +421,7 @@ def _updates(lows: Sequence[Tensor], adam: _Adam, scalars: Tensor) -> list[Tenso
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
     kind = TYPES.index(lows[0].dtype)
-    modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL)
+    modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL, *lines_of((), lows[0]))
     _launch("dense", *where, size, *modes, scalars.data_ptr())
     if adam.transform == "cautious":
         _launch("rescale", *where, size, scalars.data_ptr())
@@ -421,17 +445,20 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
     if (
-        not _fits(params, updates, steps, reference.rests(seeds), bases=bases)
+        not _fits(params, updates, steps, reference.rests(seeds), factors, bases=bases)
         or not _are_float32(steps)
         or not _deals(window, side)
     ):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
+        reference.apply_(params, updates, bases, steps, *how)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
-    _write(params, updates, bases, side, seeds, _prepared(steps, lr, weight_decay, scale, finite=finite), sign, window)
+    scalars = _prepared(steps, lr, weight_decay, scale, finite=finite)
+    _write(params, updates, bases, side, seeds, scalars, sign, window, factors=factors)
 
 
 def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
@@ -513,7 +540,8 @@ def _step(
             write = not (cautious and advance)
             _launch(
                 *("dense", device, count, table, params[0].numel(), *types, True, advance, False, write),
-                *(*adam.numbers, counted if write else 0, False, _rounding(seeds), *window, scalars.data_ptr()),
+                *(*adam.numbers, counted if write else 0, False, _rounding(seeds), *window),
+                *(*lines_of((), params[0]), scalars.data_ptr()),
             )
     elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
         same = side != "both" and grads[0].dtype == kind
@@ -673,9 +701,8 @@ def _normalisers(
 ) -> Tensor:
     """What the rows and columns of every G are multiplied by to be U, (count, m + n); the averages advance."""
     count, (m, n), device = len(grads), grads[0].shape, grads[0].device
-    down, across = (-(-size // tile) for size, tile in zip((m, n), _SUMS, strict=True))
-    sizes = (across * m, down * n, m + n)
-    by_row, by_column, numbers = (torch.empty((count, size), dtype=torch.float32, device=device) for size in sizes)
+    by_row, by_column = _square_sums(grads)
+    numbers = torch.empty((count, m + n), dtype=torch.float32, device=device)
     table = _table(grads, grads, _NO_ADAM._replace(exp_avgs=row_averages, exp_avg_sqs=column_averages))
     _launch(
         *("normalisers", device, count, table, m, n, TYPES.index(grads[0].dtype), decay_rate),
@@ -743,34 +770,35 @@ def _layout(like: Tensor, table: Tensor, axis: int) -> tuple[int, int, bool, boo
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """See the reference, whose bits these are."""
-    x = (x if x.dtype in TYPES else x.float()).contiguous()
-    count = step.to(torch.float32)
+    xs = [(x if x.dtype in TYPES else x.float()).contiguous() for x in xs]
+    counts, zeros = [step.float() for step in steps], [0] * len(xs)
+    numbers = _numbers(*map(_addresses, (xs, codes, scales)), _addresses(counts) or zeros, seeds or zeros)
     _launch(
-        *("encode", x.device, x.data_ptr(), TYPES.index(x.dtype), codes.data_ptr(), scales.data_ptr()),
-        *(table.data_ptr(), len(table), *_layout(x, table, axis), seed is not None, seed or 0, count.data_ptr(), begin),
+        *("encode", xs[0].device, len(xs), numbers, *_layout(xs[0], table, axis), TYPES.index(xs[0].dtype)),
+        *(table.data_ptr(), len(table), bool(seeds), begin),
     )
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """See the reference, whose bits these are."""
-    shape = list(codes.shape)
-    shape[axis] = length
-    out = torch.empty(shape, dtype=dtype if dtype in TYPES else torch.float32, device=codes.device)
+    if xs[0].dtype not in TYPES:
+        reference.decode_(xs, codes, scales, table, axis)
+        return
+    numbers = _numbers(*map(_addresses, (xs, codes, scales)))
     _launch(
-        *("decode", out.device, out.data_ptr(), TYPES.index(out.dtype), codes.data_ptr(), scales.data_ptr()),
-        *(table.data_ptr(), len(table), *_layout(out, table, axis)),
+        *("decode", xs[0].device, len(xs), numbers, *_layout(xs[0], table, axis), TYPES.index(xs[0].dtype)),
+        *(table.data_ptr(), len(table)),
     )
-    return out.to(dtype)
 
 
 def coded_adam_(

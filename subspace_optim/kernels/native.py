@@ -20,9 +20,10 @@ __all__ = [
     "back",
     "coded_adam_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
+    "line_norms",
     "project",
     "projected_adam_",
     "transform_",
@@ -59,6 +60,11 @@ def _products() -> int:
 def grad_max(grads: list[Tensor]) -> Tensor:
     """The largest |g| of every gradient, as float64; NaN if it has one."""
     return _ops.grad_max(grads)
+
+
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """One pass, without a copy of half-precision gradients."""
+    return _ops.line_norms(grads, dim, dtype)
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -105,14 +111,16 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """Every W is read and written once."""
     if finite is not None:
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
+        reference.apply_(params, updates, bases, steps, *how)
         return
     _ops.apply_(
         *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, window),
-        _products(),
+        *(factors, _products()),
     )
     _written(params)
 
@@ -216,17 +224,17 @@ def compressed_adafactor_(
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """The bits of the reference, in one pass."""
-    _ops.encode_(x, codes, scales, table, axis, seed, step, begin)
+    _ops.encode_(xs, codes, scales, table, axis, seeds, steps, begin)
 
 
 def coded_adam_(
@@ -264,9 +272,9 @@ def coded_adam_(
     _written(params)
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """The bits of the reference, in one pass."""
-    return _ops.decode(codes, scales, table, axis, length, dtype)
+    _ops.decode_(xs, codes, scales, table, axis)
 
 
 def _written(params: Iterable[Tensor]) -> None:

@@ -1,12 +1,13 @@
 """Every step the library takes, in torch ops over the lists of a bucket: the ground truth for all other kernels.
 
+    line_norms    lengths of the rows or of the columns of G
     project       R = G Q            right      G (m, n)  Q (n, r)  R (m, r)
                   R = Pᵀ G           left       P (m, r)            R (r, n)
                   R = Pᵀ G Q         both                           R (r, r)
                   R = G              dense (no bases)
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
-    apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project
-    encode_       x ≈ scale·table[code] by blocks of x, and decode back: see storage.py
+    apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project; or of a dense N times factors
+    encode_       x ≈ scale·table[code] by blocks of x, and decode_ back: see storage.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
 Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
@@ -39,6 +40,11 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     if grads[0].device.type == "cpu":
         return torch.stack([peak(grad, torch.float64) for grad in grads])
     return torch.stack(list(torch._foreach_norm(grads, math.inf))).double()
+
+
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Lengths, in `dtype`, of the rows (dim -1) of every matrix, (m, 1), or of its columns (dim -2), (1, n)."""
+    return [torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype) for grad in grads]
 
 
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
@@ -137,12 +143,13 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
 
     Args:
         params: W, written in place.
-        updates: N, in the low-rank space.
+        updates: N, in the low-rank space; with factors of any of the dtypes of gradients.
         bases: flat, as for `project`.
         steps: 0-d, the tensors' step counts: with `seeds`, the counters of the rounding.
         seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest; a tensor for each is what rounding
@@ -154,9 +161,11 @@ def apply_(
         sign: take the sign after the back-projection (Lion).
         window: which elements of whole tensors these are, which are rounded as the whole.
         finite: see above.
+        factors: what the rows (m, 1), the columns (1, n) or all (1, 1) of every dense N are multiplied by.
     """
     if finite is not None:
-        params, updates, bases, steps, seeds = taken(finite, params, updates, bases, steps, seeds)
+        columns = (params, updates, bases, steps, seeds, factors)
+        params, updates, bases, steps, seeds, factors = taken(finite, *columns)
         lr = taken_rates(finite, lr)
     rates = lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
@@ -168,7 +177,7 @@ def apply_(
                 param.mul_(decay)
             _add_back_(param, update, own, side, factor)
             continue
-        moved = back(update, own, side)
+        moved = update * factors[i] if factors else back(update, own, side)
         _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None, window)
 
 
@@ -239,6 +248,14 @@ def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
 def rests(seeds: Seeds) -> list[Tensor]:
     """Those that are tensors (Kahan)."""
     return [seed for seed in seeds if isinstance(seed, Tensor)]
+
+
+def lines_of(factors: Sequence[Tensor], matrix: Tensor) -> tuple[int, int, int]:
+    """As kernels find a factor: elements of a row, and how far apart the factors of two rows, or columns, are."""
+    if not factors:
+        return 1, 0, 0
+    rows, columns = factors[0].shape
+    return matrix.shape[-1], int(rows > 1), int(columns > 1)
 
 
 def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
@@ -347,7 +364,7 @@ def coded_adam_(
             transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
             first = begin + at.start * length
             for x, (code, unit, stream), table in reversed([*zip(moments, kept, tables, strict=True)]):  # V before M
-                encode_(x, code[at], unit[at], table, -1, stream, steps[i], first)
+                encode_([x], [code[at]], [unit[at]], table, -1, [stream], [steps[i]], first)
             seed = seeds[i] if seeds else None
             seed = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed
             _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, Window(first))
@@ -368,69 +385,71 @@ def _advanced(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """N and R of some rows, and their moments after the step."""
     low = grads[at].to(step.dtype)
-    pairs = zip(kept, tables, strict=True)
-    first, second = (decode(code[at], unit[at], table, -1, low.shape[1], low.dtype) for (code, unit, _), table in pairs)
+    first, second = moments = [low.new_empty(low.shape) for _ in tables]
+    for x, (code, unit, _), table in zip(moments, kept, tables, strict=True):
+        decode_([x], [code[at]], [unit[at]], table, -1)
     (update,) = adam_update_([low], [first], [second], [step.clone()], beta1, beta2, eps, "none", eps_inside)
-    return update, low, [first, second]
+    return update, low, moments
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
-    """Write the codes and scales of x, rounded up or down with the odds that make the expectation exact.
+    """Write the codes and scales of tensors of one shape, rounded so that the expectation is exact, or to nearest.
 
     Args:
-        x: any dtype; coded in float32.
+        xs: any dtype; coded in float32.
         codes: uint8, the shape of x, or half as many along `axis` where the table has at most 16 values.
         scales: float32, one for every block.
         table: ascending values in [-1, 1].
         axis: that blocks run along: -1, or -2 of a matrix.
-        seed: element i of x, the blocks' dimension last, uses half-word begin + i of the stream (seed, step); None
+        seeds: element i of x, the blocks' dimension last, uses half-word begin + i of the stream (seed, step); empty
             rounds to nearest.
-        step: 0-d.
-        begin: where x begins in a tensor of which it is a part.
+        steps: 0-d, one for every seed.
+        begin: where each x begins in a tensor of which it is a part.
     """
-    length, gaps = x.shape[axis], table.diff()
-    for at in _chunks(x, axis):
-        wide = rows(x, axis)[at].float().contiguous()
-        spare = -length % BLOCK if length > BLOCK else 0
-        blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
-        scale = blocks.abs().amax(-1)
-        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0)  # what is smaller has no inverse
-        divisor = torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
-        unit = (blocks / divisor).flatten(1)[:, :length].contiguous()
-        low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
-        odds: float | Tensor = 0.5
-        if seed is not None:
-            odds = uniform(seed, step, begin + at.start * length, unit.numel(), x.device).view_as(unit)
-        code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
-        if len(table) <= 16:
-            pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
-            code = pairs[..., 0] | pairs[..., 1] << 4
-        rows(codes, axis)[at] = code
-        rows(scales, axis)[at] = scale
+    gaps = table.diff()
+    for i, (x, code_of, scale_of) in enumerate(zip(xs, codes, scales, strict=True)):
+        length = x.shape[axis]
+        for at in _chunks(x, axis):
+            wide = rows(x, axis)[at].float().contiguous()
+            spare = -length % BLOCK if length > BLOCK else 0
+            blocks = torch.nn.functional.pad(wide, (0, spare)).view(len(wide), -1, min(BLOCK, length))
+            scale = blocks.abs().amax(-1)
+            scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0)  # what is smaller has no inverse
+            divisor = torch.where(scale > 0, scale, math.inf).unsqueeze(-1)
+            unit = (blocks / divisor).flatten(1)[:, :length].contiguous()
+            low = torch.bucketize(unit, table[1:-1], out_int32=True, right=True)
+            odds: float | Tensor = 0.5
+            if seeds:
+                first = begin + at.start * length
+                odds = uniform(seeds[i], steps[i], first, unit.numel(), x.device).view_as(unit)
+            code = low.add(unit - table[low] > odds * gaps[low]).to(torch.uint8)
+            if len(table) <= 16:
+                pairs = torch.nn.functional.pad(code, (0, length % 2)).view(len(code), -1, 2)
+                code = pairs[..., 0] | pairs[..., 1] << 4
+            rows(code_of, axis)[at] = code
+            rows(scale_of, axis)[at] = scale
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
-    """The tensor that was coded, in `dtype`; `length` is its size along `axis`."""
-    shape = list(codes.shape)
-    shape[axis] = length
-    out = torch.empty(shape, dtype=dtype, device=codes.device)
-    for at in _chunks(out, axis):
-        code, scale = rows(codes, axis)[at], rows(scales, axis)[at]
-        if len(table) <= 16:
-            code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
-        rows(out, axis)[at] = table[code.int()].mul_(scale)
-    return out
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
+    """Write the tensors that were coded into `xs`, contiguous and of one shape."""
+    for x, code_of, scale_of in zip(xs, codes, scales, strict=True):
+        length = x.shape[axis]
+        for at in _chunks(x, axis):
+            code, scale = rows(code_of, axis)[at], rows(scale_of, axis)[at]
+            if len(table) <= 16:
+                code = torch.stack((code & 15, code >> 4), -1).flatten(-2)[:, :length]
+            if scale.shape[1] > 1:
+                scale = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+            rows(x, axis)[at] = table[code.int()].mul_(scale)
 
 
 def rows(x: Tensor, axis: int) -> Tensor:

@@ -25,7 +25,7 @@ from ..philox import ALL, Window
 from ..types import BLOCK, Plan, Seeds, Side
 from . import reference
 from . import triton_device as kernels
-from .reference import Codes, back, grad_max, part_of, transform_
+from .reference import Codes, back, grad_max, lines_of, part_of, transform_
 
 __all__ = [
     "adam_update_",
@@ -34,9 +34,10 @@ __all__ = [
     "coded_adam_",
     "coded_adam_update_",
     "compressed_adafactor_",
-    "decode",
+    "decode_",
     "encode_",
     "grad_max",
+    "line_norms",
     "project",
     "projected_adam_",
     "transform_",
@@ -258,6 +259,35 @@ def _pitch(window: Window, n: int) -> int:
     return n if window.consecutive else window.pitch
 
 
+def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """See the reference; G is read once for all of the bucket."""
+    if dtype != torch.float32 or not _fits(grads):
+        return reference.line_norms(grads, dim, dtype)
+    by_row, by_column = _squares(_table(grads, grads), grads, None)
+    norms = by_row.sum(1).sqrt_().unsqueeze(-1) if dim == -1 else by_column.sum(1, keepdim=True).sqrt_()
+    return list(norms.unbind())
+
+
+def _squares(table: _Table, grads: Sequence[Tensor], finite: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums of squares of every G, of rows (count, tiles of columns, m), and of columns (count, tiles of rows, n)."""
+    count, (m, n), shape = len(grads), grads[0].shape, _SQUARE_BLOCKS
+    sizes = (triton.cdiv(n, shape.columns), m), (triton.cdiv(m, shape.rows), n)
+    by_row, by_column = (torch.empty((count, *size), dtype=torch.float32, device=grads[0].device) for size in sizes)
+    _launch(
+        kernels.squares,
+        (by_row.shape[1] * by_column.shape[1], count),
+        table,
+        finite,
+        *(by_row, by_column, m, n),
+        G=_TYPES[grads[0].dtype],
+        ALIGN=table.align,
+        ROWS=shape.rows,
+        COLUMNS=shape.columns,
+        blocks=shape,
+    )
+    return by_row, by_column
+
+
 def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """See the reference."""
     if side is None or dtype not in _TYPES or not _fits(grads, bases=bases):
@@ -387,10 +417,12 @@ def _step_elements(
     scale: float,
     window: Window,
     seeds: Seeds = (),
+    lines: tuple[int, int, int] = (1, 0, 0),
     **modes: bool,
 ) -> None:
+    """`lines`: elements of a row, and how far apart the factors of the FACTORS of rows, and of columns, are."""
     size = out[0].numel()
-    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE")
+    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE", "FACTORS")
     constants: dict[str, Any] = dict.fromkeys(names, False) | modes
     noise = _noise_mode(out, seeds, window.origin, *(() if window.consecutive else window[1:]))
     for kept, counts in _counting(constants["CAUTIOUS"], out):
@@ -399,7 +431,7 @@ def _step_elements(
             (triton.cdiv(size, _BLOCK), len(out)),
             table,
             finite,
-            *(corrections, kept, lr, size, *moments, weight_decay, scale, *window),
+            *(corrections, kept, lr, size, *moments, weight_decay, scale, *window, *lines),
             OUT=_TYPES[out[0].dtype],
             IN=_TYPES[source[0].dtype],
             ALIGN=table.align,
@@ -432,19 +464,24 @@ def apply_(
     sign: bool = False,
     window: Window = ALL,
     finite: Tensor | None = None,
+    factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
-    if not _fits(params, updates, steps, reference.rests(seeds), bases=bases):
-        reference.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+    if not _fits(params, updates, steps, reference.rests(seeds), factors, bases=bases):
+        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
+        reference.apply_(params, updates, bases, steps, *how)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
     if side is None:
         rate, mode = _learning_rate(lr)
+        table = _table(params, updates, (), (), (), steps, seeds, _addresses(factors))
         _step_elements(
-            *(_table(params, updates, (), (), (), steps, seeds), finite, params, updates, None, rate, mode),
+            *(table, finite, params, updates, None, rate, mode),
             *(_moment_scalars(0, 0, 0), weight_decay, scale, window, seeds),
+            *(lines_of(factors, params[0]),),
             APPLY=True,
             SIGN=sign,
+            FACTORS=len(factors) > 0,
         )
         return
     if side == "both":
@@ -767,17 +804,11 @@ def _normalisers(
     count, (m, n), shape = len(grads), grads[0].shape, _SQUARE_BLOCKS
     table = _table(grads, grads, (), row_averages, (), steps, (), _addresses(column_averages))
     _advanced(table, count, 0.0, 0.0, finite)
-    across, down = triton.cdiv(n, shape.columns), triton.cdiv(m, shape.rows)
-    sizes = (across * m, down * n, m + n)
-    row_sums, column_sums, numbers = (
-        torch.empty((count, size), dtype=torch.float32, device=grads[0].device) for size in sizes
-    )
-    sums = (row_sums, column_sums, m, n)
-    tile: dict[str, Any] = {"ROWS": shape.rows, "COLUMNS": shape.columns}
-    types: dict[str, Any] = {"G": _TYPES[grads[0].dtype], "ALIGN": table.align}
-    _launch(kernels.squares, (across * down, count), table, finite, *sums, **types, **tile, blocks=shape)
+    sums = _squares(table, grads, finite)
+    numbers = torch.empty((count, m + n), dtype=torch.float32, device=grads[0].device)
     lines = (triton.cdiv(max(m, n), _BLOCK), count)
-    _launch(kernels.averages, lines, table, finite, *sums, decay_rate, **tile, BLOCK=_BLOCK)
+    tile: dict[str, Any] = {"ROWS": shape.rows, "COLUMNS": shape.columns}
+    _launch(kernels.averages, lines, table, finite, *sums, m, n, decay_rate, **tile, BLOCK=_BLOCK)
     _launch(kernels.normalisers, lines, table, finite, numbers, m, n, BLOCK=_BLOCK)
     return numbers
 
@@ -835,46 +866,59 @@ def _blend(
 
 
 def encode_(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
+    xs: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
     table: Tensor,
     axis: int,
-    seed: int | None,
-    step: Tensor,
+    seeds: Sequence[int],
+    steps: list[Tensor],
     begin: int = 0,
 ) -> None:
     """See the reference, whose bits these are."""
-    tensors = [reference.rows(tensor, axis) for tensor in (x, codes, scales)]
-    count, length = tensors[0].shape
-    shape = _coded_blocks(length)
-    _start(
-        kernels.encode,
-        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
-        *(*tensors, table, step, 0 if seed is None else seed, begin, count, length, *_strides(tensors)),
+    xs = [(x if x.dtype in _TYPES else x.float()).contiguous() for x in xs]
+    counts = [step.float() for step in steps]
+    _start_codes(
+        *(kernels.encode, xs, codes, scales, table, axis, seeds, counts),
+        begin=begin,
         LAST=len(table) - 2,
         TINY=_TINY,
-        NOISE=0 if seed is None else _coded_noise(length, begin),
-        PACKED=len(table) <= 16,
-        **shape,
+        NOISE=_coded_noise(xs[0].shape[axis], begin) if seeds else 0,
     )
 
 
-def decode(codes: Tensor, scales: Tensor, table: Tensor, axis: int, length: int, dtype: torch.dtype) -> Tensor:
+def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """See the reference, whose bits these are."""
-    whole = list(codes.shape)
-    whole[axis] = length
-    out = torch.empty(whole, dtype=dtype, device=codes.device)
-    tensors = [reference.rows(tensor, axis) for tensor in (out, codes, scales)]
-    count, shape = len(tensors[0]), _coded_blocks(length)
+    if xs[0].dtype not in _TYPES:
+        reference.decode_(xs, codes, scales, table, axis)
+        return
+    _start_codes(kernels.decode, xs, codes, scales, table, axis)
+
+
+def _start_codes(
+    kernel,
+    xs: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    values: Tensor,
+    axis: int,
+    seeds: Seeds = (),
+    steps: Sequence[Tensor] = (),
+    **how: Any,
+) -> None:
+    table = _table(xs, codes, steps=steps, seeds=seeds, further=_addresses(scales))
+    tensors = [reference.rows(tensor, axis) for tensor in (xs[0], codes[0], scales[0])]
+    (count, length), shape = tensors[0].shape, _coded_blocks(xs[0].shape[axis])
     _start(
-        kernels.decode,
-        (triton.cdiv(count, shape["ROWS"]), triton.cdiv(length, shape["BLOCK"])),
-        *(*tensors, table, count, length, *_strides(tensors)),
-        PACKED=len(table) <= 16,
+        kernel,
+        (triton.cdiv(count, shape["ROWS"]) * triton.cdiv(length, shape["BLOCK"]), len(xs)),
+        *(table.on_device, values, count, length, *_strides(tensors)),
+        X=_TYPES[xs[0].dtype],
+        ALIGN=table.align,
+        PACKED=len(values) <= 16,
+        **how,
         **shape,
     )
-    return out
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[int]:

@@ -14,7 +14,7 @@ tensor and program_id(0) the block within it.
     squares      Flora: sums of squares of G by rows and columns; `averages` advances V by them, and `normalisers` are
                   what the rows and columns of G are multiplied by to be U. `blend` makes D of U and the momentum: once
                   for the root mean square by which `clip` shortens the step, once to write W. At last project of U
-    encode       a quantised tensor at a time: scales, codes and their rounding in one pass; decode is its inverse
+    encode       scales, codes and their rounding in one pass; decode is its inverse
     coded_adam   dense, or R that is there already, on quantised moments: decoded, advanced, coded again and W or N
                   written in one pass
 """
@@ -240,6 +240,9 @@ def elementwise(
     origin,
     columns,
     pitch,
+    width,
+    row_step,
+    column_step,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -248,6 +251,7 @@ def elementwise(
     COUNT: tl.constexpr,
     APPLY: tl.constexpr,
     SIGN: tl.constexpr,
+    FACTORS: tl.constexpr,
     GRAMS: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     EPS_INSIDE: tl.constexpr,
@@ -256,7 +260,8 @@ def elementwise(
 ):
     """The input is G where ADAM, otherwise N; the output is W where APPLY, otherwise N. NOISE: see _noise.
 
-    COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written.
+    COUNT: only of what cautious keeps, which is not known before all are seen; nothing is written. FACTORS: N is
+    multiplied by those of its row of `width` and of its column, which are so many steps apart.
     """
     if _left_alone(finite):
         return
@@ -282,6 +287,9 @@ def elementwise(
     if APPLY:
         if SIGN:
             update = _sign(update)
+        if FACTORS:
+            own = i // width * row_step + i % width * column_step
+            update *= tl.load(_at(table, 7, tl.float32, 4) + own, mask=inside, other=0.0)
         rate, weight = _rate(lr, LR), tl.load(out, mask=inside).to(tl.float32)
         if NOISE < 0:
             rest = _at(table, 6, OUT, ALIGN) + i
@@ -996,13 +1004,8 @@ def _first(i, j, length, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def encode(
-    x,
-    codes,
-    scales,
+    table,
     values,
-    step,
-    seed,
-    begin,
     count,
     length,
     x_row,
@@ -1011,6 +1014,9 @@ def encode(
     code_column,
     scale_row,
     scale_column,
+    begin,
+    X: tl.constexpr,
+    ALIGN: tl.constexpr,
     LAST: tl.constexpr,
     TINY: tl.constexpr,
     NOISE: tl.constexpr,
@@ -1019,41 +1025,49 @@ def encode(
     BLOCK: tl.constexpr,
 ):
     """A block of each of ROWS rows of x (count, length). NOISE = 0 is to nearest."""
-    i, j = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK)
+    i, j = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
-    value = tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+    x = _at(table, 0, X, ALIGN) + row * x_row + column * x_column
+    value = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    seed, step = 0, 0
+    if NOISE > 0:
+        seed, step = _seed_and_step(table)
     _keep(
-        *(value, codes, scales, values, seed, tl.load(step).to(tl.int32), begin, i, j, count, length),
-        *(code_row, code_column, scale_row, scale_column, LAST, TINY, NOISE, PACKED, ROWS, BLOCK),
+        *(value, _at(table, 1, tl.uint8, ALIGN), _at(table, 7, tl.float32, 4), values, seed, step, begin),
+        *(i, j, count, length, code_row, code_column, scale_row, scale_column),
+        *(LAST, TINY, NOISE, PACKED, ROWS, BLOCK),
     )
 
 
 @triton.jit
 def decode(
-    out,
-    codes,
-    scales,
+    table,
     values,
     count,
     length,
-    out_row,
-    out_column,
+    x_row,
+    x_column,
     code_row,
     code_column,
     scale_row,
     scale_column,
+    X: tl.constexpr,
+    ALIGN: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The inverse of encode."""
-    i, j = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK)
+    i, j = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     row, column, inside = _coded_tile(i, j, count, length, ROWS, BLOCK)
     value = _decoded(
-        *(codes, scales, values, i, j, count, length, code_row, code_column, scale_row, scale_column),
-        *(PACKED, ROWS, BLOCK),
+        *(_at(table, 1, tl.uint8, ALIGN), _at(table, 7, tl.float32, 4), values, i, j, count, length),
+        *(code_row, code_column, scale_row, scale_column, PACKED, ROWS, BLOCK),
     )
-    tl.store(out + row * out_row + column * out_column, value.to(out.dtype.element_ty), mask=inside)
+    x = _at(table, 0, X, ALIGN) + row * x_row + column * x_column
+    tl.store(x, value.to(X), mask=inside)
 
 
 @triton.jit

@@ -31,10 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import philox, projectors, storage
-from ..engine import REFRESH_ELEMENTS, SubspaceOptimizer
-from ..kernels import reference, select
+from ..engine import REFRESH_ELEMENTS, SubspaceOptimizer, compensates
+from ..kernels import native, reference, select
 from ..layerwise import project_in_backward
 from ..projectors import UNSET
+from ..types import Bucket
 from .job import Job, enable_checkpointing
 
 CUDA_BLOCK = 512  # bytes that torch's CUDA allocator rounds every tensor up to
@@ -369,7 +370,7 @@ def _run(job: Job, limit: float, fold: bool) -> Trace | None:
         for context in (
             FakeTensorMode(allow_non_fake_inputs=True),
             mock.patch.multiple(FakeTensor, create=True, tolist=_as_list, data_ptr=_address),
-            _kernels(job.device),
+            *_kernels(job.device),
             mock.patch.object(reference, "_chunks", _first_chunk(reference._chunks)),
             *_shortcuts(recorder),
         ):
@@ -462,9 +463,17 @@ def _twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): fake(tensor) for tensor in tensors})
 
 
-def _kernels(device: str) -> Any:
-    """On a GPU kernels are fused, as the ops of ops.py are in a simulation, whatever this machine has."""
-    return mock.patch.dict(select.IMPLS, {"native": lambda plan: None} if device == "cuda" else {})
+def _kernels(device: str) -> Iterator[Any]:
+    """On a GPU kernels are fused, as the ops of ops.py are in a simulation, whatever this machine has.
+
+    They round as they write, too: neither a seed nor what rounding has taken (Kahan) costs them memory. A bucket is
+    stepped in parts as large as those that are decoded.
+    """
+    if device == "cuda":
+        yield mock.patch.dict(select.IMPLS, {"native": lambda plan: None})
+        yield mock.patch.object(native, "COMPENSATES", True, create=True)
+        yield mock.patch.object(Bucket, "seeds", ())
+        yield mock.patch.object(storage, "WORK_BYTES", storage.OPEN_BYTES)
 
 
 def _shortcuts(recorder: Recorder) -> Iterator[Any]:
@@ -537,7 +546,8 @@ def _set_aside(optimizer: SubspaceOptimizer) -> list[Any]:
         for param in group["params"]:
             plan = optimizer.plan_of(index, param)
             rule = optimizer.rule if plan.side else optimizer.dense_rule
-            opens = 0 if storage.is_plain(plan) else storage.open_bytes(plan, rule.takes_codes)
+            alone = compensates(rule, select.resolve(optimizer.backend, plan))
+            opens = storage.open_bytes(plan, rule.takes_codes, alone)
             if seen[index, plan] * opens >= storage.OPEN_BYTES:
                 aside += [param.grad, optimizer.lows.pop(param, None)]
                 param.grad = None

@@ -310,9 +310,9 @@ def _conclude(run: Run, report: Mapping[str, Any]) -> None:
     say("")
     rows = [(text, size(memory[key])) for key, text in CATEGORIES.items()]
     rows += [
-        ("taken by the run at its peak", size(memory["peak"] - memory["before_the_model"])),
+        ("tensors at the peak of a step", size(memory["allocated"])),
         ("planned" + ", unsharded" * run.ranks.sharded, size(report["plan"]["allocated"])),
-        (f"peak ({memory['peak_is']})", size(memory["peak"])),
+        (f"peak of the run ({memory['peak_is']})", size(memory["peak"])),
     ]
     say(table(("memory", "size"), rows))
     say("")

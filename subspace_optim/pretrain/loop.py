@@ -179,6 +179,7 @@ class Run:
         self.evaluations: list[list[float]] = []
         self.gradient_bytes = 0
         self.peak_before = (0, 0)
+        self.allocated = 0  # bytes of tensors at the peak of the first step that moved the weights
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on bit for bit, in types that ``torch.load`` accepts by default."""
@@ -200,6 +201,7 @@ class Run:
             "seconds": dict(self.watch.seconds),
             "gradient_bytes": self.gradient_bytes,
             "peak_and_baseline": list(self.peak_and_baseline()),
+            "allocated": self.allocated,
         }
 
     def peak_and_baseline(self) -> tuple[int, int]:
@@ -241,6 +243,7 @@ class Run:
         self.skipped = state["skipped"]
         self.gradient_bytes = state["gradient_bytes"]
         self.peak_before = tuple(state["peak_and_baseline"])
+        self.allocated = state["allocated"]
         for phase, seconds in state["seconds"].items():
             self.watch.add(phase, seconds)
 
@@ -271,11 +274,20 @@ class Run:
         return nll / tokens
 
     def advance(self) -> bool:
-        """Make one update.
+        """Make one update; the first one is looked at for the memory that it takes.
 
         Returns:
             Whether the weights moved: a step whose loss or gradient is not finite is skipped.
         """
+        if self.allocated:
+            return self._advance()
+        self.optimizer.allocate_state()  # as every other step finds it
+        there = machine.storage_bytes((*self.model.parameters(), *self.model.buffers())) + self.optimizer.state_bytes()
+        moved, allocated = self.memory.tensors(there, self._advance)
+        self.allocated = allocated if moved else 0
+        return moved
+
+    def _advance(self) -> bool:
         before = dict(self.watch.seconds)
         begin = time.perf_counter()
         total = torch.zeros((), device=self.device)

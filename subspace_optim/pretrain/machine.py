@@ -11,13 +11,15 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from subspace_optim import distributed
+
+T = TypeVar("T")
 
 _STATUS = Path("/proc/self/status")
 
@@ -77,6 +79,19 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return _resident("VmHWM")
+
+    def tensors(self, there: int, work: Callable[[], T]) -> tuple[T, int]:
+        """What a piece of work gives, and the most bytes that tensors had while it ran.
+
+        Args:
+            there: Bytes that they have before, for a CPU, whose allocator keeps no count.
+            work: The work, which a CPU takes longer for: its events are recorded.
+        """
+        if self._device.type == "cuda":
+            return work(), self.peak() - self.baseline
+        given: list[T] = []
+        most = there + peak_bytes(lambda: given.append(work()))
+        return given[0], most
 
 
 def _resident(field: str) -> int:

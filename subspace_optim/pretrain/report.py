@@ -86,7 +86,7 @@ def make_report(run: Run) -> dict[str, Any]:
 
 
 def memory_by_category(run: Run) -> dict[str, Any]:
-    """Bytes that the run took on this rank, counted where they can be and by difference where they cannot.
+    """Bytes of the first step at its peak on this rank, and of all that the process or the GPU held at its own.
 
     Args:
         run: A run that has been trained.
@@ -99,7 +99,8 @@ def memory_by_category(run: Run) -> dict[str, Any]:
     peak, baseline = run.peak_and_baseline()
     return {
         **counted,
-        "activations_and_workspace": max(0, peak - baseline - sum(counted.values())),
+        "activations_and_workspace": max(0, run.allocated - sum(counted.values())),
+        "allocated": run.allocated,
         "before_the_model": baseline,
         "peak": peak,
         "peak_is": run.memory.kind,
