@@ -172,8 +172,9 @@ def test_native_codes_are_exact_where_rounding_decides(name):
     table, rows = TABLES[name], 512
     width = BLOCK // 2 if len(table) <= 16 else BLOCK
     low = (torch.rand(rows, BLOCK, generator=torch.Generator().manual_seed(0)) * (len(table) - 1)).long()
-    for seed in (None, 0, 1, 2):
-        way = torch.tensor(0.5) if seed is None else uniform(seed, torch.tensor(3.0), 0, low.numel(), CPU).view_as(low)
+    step = torch.tensor(3.0)
+    for seeds in ([], [0], [1], [2]):
+        way = uniform(seeds[0], step, 0, low.numel(), CPU).view_as(low) if seeds else torch.tensor(0.5)
         way = torch.where(torch.arange(rows)[:, None] % 4 > 0, way, 0).double()
         x = table[low] + way * table.double().diff()[low]
         x = (x * (1 + (torch.arange(BLOCK) % 9 - 4) * 2.0**-24)).clamp(-1, 1)
@@ -182,7 +183,7 @@ def test_native_codes_are_exact_where_rounding_decides(name):
         kept = []
         for kernel in (native, reference):
             codes, scales = torch.zeros(rows, width, dtype=torch.uint8), torch.zeros(rows, 1)
-            kernel.encode_(x.float(), codes, scales, table, -1, seed, torch.tensor(3.0))
+            kernel.encode_([x.float()], [codes], [scales], table, -1, seeds, [step][: len(seeds)])
             kept.append((codes, scales))
         assert all(map(torch.equal, *kept))
 
