@@ -18,6 +18,7 @@ from cases import METHODS
 import subspace_optim as so
 from subspace_optim import _ext, ops, philox
 from subspace_optim.kernels import native, reference
+from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.projectors import exact_products
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
 from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
@@ -279,6 +280,30 @@ def test_what_one_matrix_leaves_in_scratch_does_not_reach_the_next_whole_step(si
     alone = stepped_by(rule, lists, native).params[1]
     lists.grads[0].fill_(math.nan)
     assert torch.equal(stepped_by(rule, lists, native).params[1], alone)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("clip", [0.1, 1.0])
+def test_a_norm_is_known_before_what_it_is_of(clip, side):
+    """With orthonormal bases, Flora's, ‖back(C)‖ is ‖C‖; otherwise (above) it is not."""
+    lists = Lists.random((300, 700), 9, side, torch.float32)
+    lists.bases = [torch.linalg.qr(q)[0] for q in lists.bases]
+    assert_same_rule(CompressedAdafactor(clip_threshold=clip), lists)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", SIDES)
+def test_whole_steps_make_no_copy_of_a_matrix(side, dtype, transform):
+    """Of 8 MiB in float32: two blocks of at most 512 KiB, and tensors of the size of R and the bases, at rank 4."""
+    lists = Lists.random((4096, 512), 4, side, dtype, count=1)
+    lengths, others = lists.averages(0, 0), lists.averages(0, 1)
+    given, tail = (lists.params, lists.grads, lists.exp_avgs), (lists.steps, lists.seeds, lists.lr)
+    adam = (lists.exp_avg_sqs, *lengths, lists.bases, *tail, 0.9, 0.99, 1e-8, 0.1, 0.5, side, transform)
+    assert peak_bytes(lambda: native.weight_norm_adam_(*given, *adam)) < 2**20 + 2**19
+    for bases in (lists.bases, [q.clone() for q in lists.bases]):
+        flora = (*others, lists.bases, bases, [bases is not lists.bases], *tail, 0.9, 0.8, 1.0, 0.1, 0.5)
+        assert peak_bytes(lambda own=flora: native.compressed_adafactor_(*given, *own, side, transform)) < 2**20 + 2**19
 
 
 # ---- what is not a number, or hardly one ----------------------------------------------------------------------------

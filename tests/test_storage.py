@@ -15,7 +15,7 @@ from training import FIVE, RANK, assert_same, groups, net, noise, set_gradients,
 import subspace_optim as so
 from subspace_optim import storage
 from subspace_optim.kernels import native, reference
-from subspace_optim.philox import Window
+from subspace_optim.philox import Window, uniform
 from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.storage import Codec, codecs, nbytes, values
 from subspace_optim.types import BLOCK, TRANSFORMS, Bucket, make_plan
@@ -72,6 +72,14 @@ def test_tables_are_what_the_papers_define(kind, bits):
     else:
         assert [-v for v in reversed(table)] == list(table) and 0 in table and len(table) == 2**bits - 1
     assert signless == pytest.approx(sorted(positive), rel=1e-14)
+
+
+@by_code
+def test_tables_are_of_few_runs_of_equal_steps(kind, bits):
+    """What lets csrc/cpu/codes.inc find codes without comparisons: on either side of 0, eight, the smallest first."""
+    gaps = torch.tensor([v for v in values(kind, bits) if v >= 0], dtype=torch.float64).diff()
+    growth = gaps[1:] / gaps[:-1] - 1
+    assert (growth > -1e-9).all() and (growth > 1e-9).sum() < 8
 
 
 @by_code
@@ -148,6 +156,36 @@ def test_native_codes_have_the_bits_of_the_reference(kind, bits):
                 assert torch.equal(ours, exact)
             both = (decoded(codec, codes, scales, torch.float64, kernel) for kernel in (native, reference))
             assert torch.equal(*both)
+
+
+TABLES = {f"{kind}-{bits}": torch.tensor(values(kind, bits)) for kind in KINDS for bits in BITS} | {
+    "cubes": torch.linspace(-1, 1, 256, dtype=torch.float64).pow(3).float(),
+    "random": noise(0, (200,)).float().clamp(-0.9, 0.9).sort().values,
+    "three": torch.tensor([-1.0, 0.0, 1.0]),
+}
+
+
+@pytest.mark.skipif(native.supports(None) is not None, reason=f"native kernels: {native.supports(None)}")
+@pytest.mark.parametrize("name", TABLES)
+def test_native_codes_are_exact_where_rounding_decides(name):
+    """At values, and as far between two as turns the code, to the next float32 on either side; by any table."""
+    table, rows = TABLES[name], 512
+    width = BLOCK // 2 if len(table) <= 16 else BLOCK
+    low = (torch.rand(rows, BLOCK, generator=torch.Generator().manual_seed(0)) * (len(table) - 1)).long()
+    step = torch.tensor(3.0)
+    for seeds in ([], [0], [1], [2]):
+        way = uniform(seeds[0], step, 0, low.numel(), CPU).view_as(low) if seeds else torch.tensor(0.5)
+        way = torch.where(torch.arange(rows)[:, None] % 4 > 0, way, 0).double()
+        x = table[low] + way * table.double().diff()[low]
+        x = (x * (1 + (torch.arange(BLOCK) % 9 - 4) * 2.0**-24)).clamp(-1, 1)
+        x[:, 0], x[:, 1:4] = 1, torch.tensor([0.0, -0.0, 1e-42]) if name[0] != "u" else 0.0  # so that every scale is 1
+        x[-2, 7], x[-1, 9], x[-1, 11] = math.nan, math.inf, -math.inf
+        kept = []
+        for kernel in (native, reference):
+            codes, scales = torch.zeros(rows, width, dtype=torch.uint8), torch.zeros(rows, 1)
+            kernel.encode_([x.float()], [codes], [scales], table, -1, seeds, [step][: len(seeds)])
+            kept.append((codes, scales))
+        assert all(map(torch.equal, *kept))
 
 
 def test_ops_are_what_they_say():

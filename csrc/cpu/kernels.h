@@ -71,10 +71,11 @@ struct Kernels {
   void (*square_columns)(Source, int64_t rows, int64_t columns, int64_t first, int64_t last, A* means);
   // u = diag(row) G diag(column), of `rows` rows from the element `begin` on.
   void (*scale)(Source g, int64_t begin, int64_t rows, int64_t columns, const A* row, const A* column, A* u);
-  // By Transform: of u, in place, by the gradient g. Returns how many elements "cautious" kept.
-  int64_t (*transform[3])(Source g, A* u, int64_t begin, int64_t end);
-  // Σ u².
-  double (*squares)(const A* u, int64_t begin, int64_t end);
+  // By Transform: of u, in place, by the gradient g, whose elements from `first` on it holds. Returns how many elements
+  // "cautious" kept.
+  int64_t (*transform[3])(Source g, A* u, int64_t first, int64_t begin, int64_t end);
+  // Σ x·y.
+  double (*inner)(const A* x, const A* y, int64_t begin, int64_t end);
   // By Transform. A step of Adam on the rows [begin, end) of a tensor whose moments are codes; without a target nothing
   // is written. By columns, R and the target are of type A. Returns how many elements "cautious" kept.
   int64_t (*coded[3])(const Adam<A>&, Source r, const Coded& m, const Coded& v, const Stream& of_m, const Stream& of_v,

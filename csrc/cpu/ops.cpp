@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -361,21 +362,24 @@ void step_dense(const AdamOptions& options, const Adam<A>& h, const Tensor& para
   w.finish();
 }
 
+// Calls f with the first row of each block of rows and memory for it.
+template <class A, class F>
+void over_row_blocks(const Tensor& like, int64_t rows, int64_t columns, Scratch& blocks, const F& f) {
+  const int64_t most = lines_of(columns);
+  for (int64_t begin = 0; begin < rows; begin += most) {
+    f(begin, blocks.take(like, scalar_type<A>, {std::min(most, rows - begin), columns}));
+  }
+}
+
 // Adam on the directions of rows and on their lengths: two passes over W in blocks of rows, one of them over G as well.
 template <class A>
 void step_rows(int64_t products, const AdamOptions& options, const Tensor& param, const Tensor& grad, const Tensor& m,
                const Tensor& v, const Tensor& length_m, const Tensor& length_v, const Subspace& s, double step,
                double rate, double weight_decay, double scale, std::optional<int64_t> seed, Scratch& blocks,
                Scratch& lows) {
-  const int64_t rows = param.size(0), columns = param.size(1), most = lines_of(columns);
+  const int64_t rows = param.size(0), columns = param.size(1);
   const Adam<A> h = adam_at<A>(options, step);
   const auto loops = kernels().of<A>();
-  const auto over_blocks_of_rows = [&](const auto& f) {
-    for (int64_t begin = 0; begin < rows; begin += most) {
-      const int64_t count = std::min(most, rows - begin);
-      f(begin, count, blocks.take(m, scalar_type<A>, {count, columns}));
-    }
-  };
   std::vector<A> norm(rows), growth(rows);  // ρ; ĝ, then Adam's step of it, then the new length
 
   Written w(param);
@@ -386,7 +390,8 @@ void step_rows(int64_t products, const AdamOptions& options, const Tensor& param
   Scratch rounded;
   const Tensor low = lows.take(m, scalar_type<A>, {m.size(0), m.size(1)});
   const Tensor half = s.left && s.right ? torch::stable::new_empty(low, std::vector{low.size(0), columns}) : low;
-  over_blocks_of_rows([&](int64_t begin, int64_t count, const Tensor& block) {
+  over_row_blocks<A>(m, rows, columns, blocks, [&](int64_t begin, const Tensor& block) {
+    const int64_t count = block.size(0);
     A* tangent = block.mutable_data_ptr<A>();
     over_rows(count, columns, [&](int64_t first, int64_t last) {
       loops.tangent(gradient, weights, (begin + first) * columns, last - first, columns, tangent + first * columns,
@@ -412,7 +417,8 @@ void step_rows(int64_t products, const AdamOptions& options, const Tensor& param
   const Tensor a = torch::stable::to(factors.first, type), b = torch::stable::to(factors.second, type);
   const double factor = -rate * scale * cautious_scale(options.transform, kept, low.numel());
   const Target<A> target = Writing{0, 1, false, seed, step}.into<A>(w.memory);
-  over_blocks_of_rows([&](int64_t begin, int64_t count, Tensor block) {
+  over_row_blocks<A>(m, rows, columns, blocks, [&](int64_t begin, Tensor block) {
+    const int64_t count = block.size(0);
     torch::stable::copy_(block, part(w.memory, 0, begin, count));
     product_in<A>(type, block, part(a, 0, begin, count), b, 1, factor, rounded);
     const A* moved = block.const_data_ptr<A>();
@@ -438,16 +444,75 @@ struct FloraOptions {
   Transform transform;
 };
 
-// Adafactor on the whole gradient with a compressed momentum; D is the one temporary as large as the matrix.
+// to ← diag(row) x diag(column), of x from its row `begin` on.
+template <class A>
+void scale(const Tensor& to, const Tensor& x, int64_t begin, const std::vector<A>& row, const std::vector<A>& column) {
+  const int64_t columns = to.size(1);
+  const Source data = source(x);
+  A* out = to.mutable_data_ptr<A>();
+  const auto loop = kernels().of<A>().scale;
+  over_rows(to.size(0), columns, [&](int64_t first, int64_t last) {
+    loop(data, (begin + first) * columns, last - first, columns, row.data() + begin + first, column.data(),
+         out + first * columns);
+  });
+}
+
+// Σ x·y.
+template <class A>
+double inner(const Tensor& x, const Tensor& y) {
+  const int64_t count = x.numel();
+  const A *first = x.const_data_ptr<A>(), *second = y.const_data_ptr<A>();
+  const auto loop = kernels().of<A>().inner;
+  std::vector<double> sums((count + kChunk - 1) / kChunk);
+  over_chunks(count, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += kChunk) {
+      sums[at / kChunk] = loop(first, second, at, std::min(at + kChunk, end));
+    }
+  });
+  double all = 0;
+  for (const double sum : sums) all += sum;
+  return all;
+}
+
+bool same(const Subspace& a, const Subspace& b) {
+  const auto one = [](const auto& p, const auto& q) { return !p || p->const_data_ptr() == q->const_data_ptr(); };
+  return one(a.left, b.left) && one(a.right, b.right);
+}
+
+// Whether QᵀQ = I, by what it makes of one vector of random signs: ‖(QᵀQ - I)x‖² is ‖QᵀQ - I‖² on average (Freivalds).
+template <class A>
+bool orthonormal(const Tensor& q) {
+  const Tensor x = torch::stable::new_empty(q, std::vector<int64_t>{q.size(1), 1});
+  A* sign = x.mutable_data_ptr<A>();
+  std::minstd_rand random;
+  for (int64_t i = 0; i < x.numel(); ++i) sign[i] = random() % 2 ? 1 : -1;
+  const Tensor again = product_of(transposed(q), product_of(q, x));
+  const A* y = again.const_data_ptr<A>();
+  double off = 0;
+  for (int64_t i = 0; i < x.numel(); ++i) off += (y[i] - sign[i]) * (y[i] - sign[i]);
+  return off < 1e-9 * x.numel();
+}
+
+// What `now` has of back(C) in `before`.
+Tensor moved(const Tensor& c, const Subspace& before, const Subspace& now) {
+  Tensor out = c;
+  if (now.left) out = product_of(product_of(transposed(*now.left), *before.left), out);
+  if (now.right) out = product_of(out, product_of(transposed(*before.right), *now.right));
+  return out;
+}
+
+// Adafactor on the whole gradient with a compressed momentum C. D = (1-β₁)U + β₁·back(C) is formed in blocks of rows as
+// it is written. Its norm has to be known before: from U and from products of the size of C, unless D is transformed or
+// C has another basis than R, when D is formed once more.
 template <class A>
 void step_compressed(int64_t products, const FloraOptions& o, const Tensor& param, const Tensor& grad,
                      const Tensor& momentum, const Tensor& row_average, const Tensor& column_average,
-                     const Subspace& before, const Subspace& now, bool carried, double step, double rate, std::optional<int64_t> seed,
-                     Scratch& wholes, Scratch& lows) {
+                     const Subspace& before, const Subspace& now, bool carried, double step, double rate,
+                     std::optional<int64_t> seed, Scratch& blocks, Scratch& lows) {
   const int64_t rows = param.size(0), columns = param.size(1), count = rows * columns;
   const auto loops = kernels().of<A>();
-  const Tensor readable_grad = readable<A>(grad);
-  const Source g = source(readable_grad);
+  const Tensor wide = readable<A>(grad);
+  const Source g = source(wide);
   std::vector<A> row(rows), column(columns);
   over_rows(rows, columns, [&](int64_t first, int64_t last) {
     loops.square_rows(g, first * columns, last - first, columns, row.data() + first);
@@ -463,47 +528,66 @@ void step_compressed(int64_t products, const FloraOptions& o, const Tensor& para
   for (int64_t i = 0; i < rows; ++i) row[i] = fresh_share / std::sqrt(row_data[i] / static_cast<A>(mean));
   for (int64_t i = 0; i < columns; ++i) column[i] = 1 / std::sqrt(column_data[i]);
 
-  const Tensor whole = wholes.take(momentum, scalar_type<A>, {rows, columns});  // (1-β₁)U, then D
-  A* d = whole.mutable_data_ptr<A>();
-  over_rows(rows, columns, [&](int64_t first, int64_t last) {
-    loops.scale(g, first * columns, last - first, columns, row.data() + first, column.data(), d + first * columns);
-  });
+  // (1-β₁)U = diag(row) G diag(column), and R is what is projected of it: the bases and R take the factors.
   const Tensor low = lows.take(momentum, scalar_type<A>, {momentum.size(0), momentum.size(1)});
+  const std::vector<A> ones(std::max(low.size(0), low.size(1)), 1);
+  const auto scaled = [&](std::optional<Tensor> basis, const std::vector<A>& by) {
+    if (basis) {
+      const Tensor q = torch::stable::contiguous(*basis);
+      basis = torch::stable::new_empty(q, std::vector{q.size(0), q.size(1)});
+      scale(*basis, q, 0, by, ones);
+    }
+    return basis;
+  };
   const ScalarType type = product_type<A>(grad, products);
-  Scratch blocks;
-  project(type, low, whole, now, blocks);
-  const auto [a, b] = back_factors(momentum, before);
-  product_in<A>(type, whole, a, b, 1, o.beta1, blocks);
-  Tensor history = momentum;
-  if (carried) {
-    if (now.left) history = product_of(transposed(product_of(transposed(*before.left), *now.left)), history);
-    if (now.right) history = product_of(history, product_of(transposed(*before.right), *now.right));
-  }
-  const A *past = history.const_data_ptr<A>(), *present = low.const_data_ptr<A>();
-  A* next = momentum.mutable_data_ptr<A>();
-  over_chunks(momentum.numel(), [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) next[i] = kept_share * past[i] + present[i];
-  });
+  Scratch rounded;
+  project(type, low, wide, {scaled(now.left, row), scaled(now.right, column)}, rounded);
+  if (!now.left) scale(low, low, 0, row, ones);
+  if (!now.right) scale(low, low, 0, ones, column);
 
   std::atomic<int64_t> kept = 0;
-  const auto transform = loops.transform[static_cast<int>(o.transform)];
-  if (o.transform != Transform::none) {
-    over_chunks(count, [&](int64_t begin, int64_t end) { kept += transform(g, d, begin, end); });
-  }
-  std::vector<double> squares((count + kChunk - 1) / kChunk);
-  over_chunks(count, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; at += kChunk) {
-      squares[at / kChunk] = loops.squares(d, at, std::min(at + kChunk, end));
-    }
+  const auto factors = back_factors(momentum, before);
+  const Tensor a = torch::stable::to(factors.first, type), b = torch::stable::to(factors.second, type);
+  const auto form = [&](int64_t begin, const Tensor& block) {
+    scale(block, wide, begin, row, column);
+    product_in<A>(type, block, part(a, 0, begin, block.size(0)), b, 1, o.beta1, rounded);
+    if (o.transform == Transform::none) return;
+    A* d = block.mutable_data_ptr<A>();
+    const int64_t first = begin * columns;
+    const auto transform = loops.transform[static_cast<int>(o.transform)];
+    over_chunks(block.numel(), [&](int64_t from, int64_t to) {
+      kept += transform(g, d, first, first + from, first + to);
+    });
+  };
+  const bool forms = o.transform != Transform::none || !same(before, now);
+  double squares = 0;
+  over_row_blocks<A>(momentum, rows, columns, blocks, [&](int64_t begin, const Tensor& block) {
+    forms ? form(begin, block) : scale(block, wide, begin, row, column);
+    squares += inner<A>(block, block);
   });
-  double sum = 0;
-  for (const double x : squares) sum += x;
+  const A* present = low.const_data_ptr<A>();
+  if (!forms) {  // ‖D‖² = ‖(1-β₁)U‖² + 2β₁⟨R, C⟩ + β₁²‖back(C)‖²
+    const auto plain = [](const auto& q) { return !q || orthonormal<A>(*q); };
+    const Tensor again = plain(now.left) && plain(now.right) ? momentum : moved(momentum, now, now);
+    squares += o.beta1 * (2 * inner<A>(low, momentum) + o.beta1 * inner<A>(again, momentum));
+  }
   const double rescale = cautious_scale(o.transform, kept, count);
-  const double clip = std::max(rescale * std::sqrt(sum / count) / o.clip_threshold, 1.0);
+  const double clip = std::max(rescale * std::sqrt(std::max(squares, 0.0) / count) / o.clip_threshold, 1.0);
   Written w(param);
   const Writing how{1 - rate * o.weight_decay, -rate * o.scale * rescale / clip, false, seed, step};
-  write(how.into<A>(w.memory), whole, false);
+  const Target<A> target = how.into<A>(w.memory);
+  over_row_blocks<A>(momentum, rows, columns, blocks, [&](int64_t begin, const Tensor& block) {
+    form(begin, block);
+    write(target, block, false, begin * columns);
+  });
   w.finish();
+
+  const Tensor history = carried ? moved(momentum, before, now) : momentum;
+  const A* past = history.const_data_ptr<A>();
+  A* next = momentum.mutable_data_ptr<A>();
+  over_chunks(low.numel(), [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) next[i] = kept_share * past[i] + present[i];
+  });
 }
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
@@ -670,7 +754,7 @@ void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Te
   const auto before = subspaces(previous, side, count), now = subspaces(bases, side, count);
   const auto rate = rates(lr, count);
   const FloraOptions options{beta1, decay_rate, clip_threshold, weight_decay, scale, transform_of(transform)};
-  Scratch wholes, lows;
+  Scratch blocks, lows;
   for (size_t i = 0; i < count; ++i) {
     with_type_of(exp_avgs[i], [&](auto zero) {
       using A = decltype(zero);
@@ -679,7 +763,7 @@ void compressed_adafactor_op(Tensors params, Tensors grads, Tensors exp_avgs, Te
       STD_TORCH_CHECK(column_averages[i].numel() == params[i].size(1), "one average a column");
       Written m(exp_avgs[i]), row(row_averages[i]), column(column_averages[i]);
       step_compressed<A>(products, options, params[i], grads[i], m.memory, row.memory, column.memory, before[i], now[i],
-                         carried[i], increment(steps[i]), rate[i], seed_of(seeds, i), wholes, lows);
+                         carried[i], increment(steps[i]), rate[i], seed_of(seeds, i), blocks, lows);
       m.finish();
       row.finish();
       column.finish();

@@ -211,7 +211,7 @@ def compressed_adafactor_(
     transform: str,
     finite: Tensor | None = None,
 ) -> None:
-    """The whole step of rules.CompressedAdafactor, with D as the one temporary of the size of a matrix."""
+    """The whole step of rules.CompressedAdafactor, D in blocks of rows."""
     columns: list[Any] = [params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried]
     columns += [steps, seeds]
     if finite is not None:
