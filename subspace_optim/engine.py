@@ -225,8 +225,9 @@ class SubspaceOptimizer(StatefulOptimizer):
     @_in_eager  # and not the closure, as trainers call a compiled model in one
     def _step(self) -> None:
         self.observer.begin()
-        for work in self._collect():
-            self._step_bucket(work)
+        works = self._collect()
+        while works:
+            self._step_bucket(works.pop(0))  # whose bases may be drawn for this step alone, and go with it
         self.lows.clear()
 
     @property

@@ -7,6 +7,7 @@ import torch
 from training import noise
 
 import subspace_optim as so
+from subspace_optim.pretrain.machine import peak_bytes
 
 
 def steps(param, opt, grads):
@@ -66,3 +67,16 @@ def test_scaling_the_gradients_changes_nothing():
     grads = [noise(i, (12, 7)) for i in range(3)]
     plain, tiny = (steps(*made(eps=0.0), [factor * grad for grad in grads]) for factor in (1, 1e-12))
     assert plain == pytest.approx(tiny, rel=1e-6)
+
+
+def test_bases_that_are_drawn_do_not_outlive_their_matrices():
+    """Six matrices, each of a shape of its own: a step holds hardly more than a step of one."""
+    peaks, basis = [], 512 * 64 * 4
+    for count in (1, 6):
+        params = [torch.nn.Parameter(torch.ones(1024 + 8 * i, 512)) for i in range(count)]
+        opt = so.APOLLO(params, rank=64)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        opt.step()
+        peaks.append(peak_bytes(opt.step))
+    assert basis < peaks[1] < peaks[0] + basis
