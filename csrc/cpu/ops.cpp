@@ -311,6 +311,19 @@ void apply(int64_t products, const Tensor& param, const Tensor& update, const Su
   w.finish();
 }
 
+// to ← diag(row) x diag(column), of x from its row `begin` on.
+template <class A>
+void scale(const Tensor& to, const Tensor& x, int64_t begin, const std::vector<A>& row, const std::vector<A>& column) {
+  const int64_t columns = to.size(1);
+  const Source data = source(x);
+  A* out = to.mutable_data_ptr<A>();
+  const auto loop = kernels().of<A>().scale;
+  over_rows(to.size(0), columns, [&](int64_t first, int64_t last) {
+    loop(data, (begin + first) * columns, last - first, columns, row.data() + begin + first, column.data(),
+         out + first * columns);
+  });
+}
+
 // The same of a dense U times a factor a row, a column or for all, in blocks of rows.
 template <class A>
 void apply_scaled(const Tensor& param, const Tensor& update, const Tensor& factor, const Writing& how, Scratch& scratch) {
@@ -329,16 +342,9 @@ void apply_scaled(const Tensor& param, const Tensor& update, const Tensor& facto
   }
   Written w(param);
   const Target<A> t = how.into<A>(w.memory);
-  const Source u = source(readable_update);
-  const auto loop = kernels().of<A>().scale;
   for (int64_t begin = 0; begin < rows; begin += step) {
-    const int64_t count = std::min(step, rows - begin);
-    const Tensor block = scratch.take(factors, scalar_type<A>, {count, columns});
-    A* scaled = block.mutable_data_ptr<A>();
-    over_rows(count, columns, [&](int64_t first, int64_t last) {
-      loop(u, (begin + first) * columns, last - first, columns, row.data() + begin + first, column.data(),
-           scaled + first * columns);
-    });
+    const Tensor block = scratch.take(factors, scalar_type<A>, {std::min(step, rows - begin), columns});
+    scale(block, readable_update, begin, row, column);
     write(t, block, false, begin * columns);
   }
   w.finish();
@@ -443,19 +449,6 @@ struct FloraOptions {
   double beta1, decay_rate, clip_threshold, weight_decay, scale;
   Transform transform;
 };
-
-// to ← diag(row) x diag(column), of x from its row `begin` on.
-template <class A>
-void scale(const Tensor& to, const Tensor& x, int64_t begin, const std::vector<A>& row, const std::vector<A>& column) {
-  const int64_t columns = to.size(1);
-  const Source data = source(x);
-  A* out = to.mutable_data_ptr<A>();
-  const auto loop = kernels().of<A>().scale;
-  over_rows(to.size(0), columns, [&](int64_t first, int64_t last) {
-    loop(data, (begin + first) * columns, last - first, columns, row.data() + begin + first, column.data(),
-         out + first * columns);
-  });
-}
 
 // Σ x·y.
 template <class A>
