@@ -11,7 +11,7 @@ dense tensor: no sharding of the rows of a parameter cuts one. Codes lie under t
 bits two to a byte along the blocks; scales lie in float32 under `<key>_scale`. Vectors stay as they are.
 
 Adam's moments are decoded, advanced and coded again in one pass of a kernel (`Coding`). What other rules and a change
-of basis need is opened, as many matrices at a time as fit in OPEN_BYTES.
+of basis need is opened, as many matrices at a time as fit in OPEN_BYTES, on a CPU in WORK_BYTES.
 
 Sources: arXiv 2110.02861 (dynamic map, blocks), arXiv 2309.01507 (4 bits; no zero in the second moment).
 """
@@ -36,7 +36,7 @@ Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
 
 OPEN_BYTES = 2**26  # decoded at a time, unless a single matrix takes more
-WORK_BYTES = 2**20  # the same on a CPU where nothing is decoded: a call costs little there
+WORK_BYTES = 2**20  # the same on a CPU: a call costs little there, and what fits the cache is stepped faster
 
 
 @lru_cache(maxsize=16)
@@ -375,7 +375,7 @@ def parts(bucket: Bucket, takes_codes: bool, workspace: int = 0, compensates: bo
         compensates: of its rule and its kernel.
     """
     each = open_bytes(bucket.plan.whole, takes_codes, compensates) + workspace  # the same on every rank
-    most = WORK_BYTES if is_plain(bucket.plan) and bucket.plan.device.type == "cpu" else OPEN_BYTES
+    most = WORK_BYTES if bucket.plan.device.type == "cpu" else OPEN_BYTES
     at_once = max(1, most // each) if each else max(1, len(bucket))
     for begin in range(0, len(bucket), at_once):
         members = range(begin, min(begin + at_once, len(bucket)))

@@ -87,7 +87,10 @@ def test_the_peak_under_codecs_and_projected_gradients(layerwise, options):
 
 @pytest.mark.parametrize(("name", "copies"), [("galore", False), ("flora", False), ("gradnormlorp", True)])
 def test_kahan_copies_no_parameter_where_its_kernel_compensates(name, copies):
-    """As kernels of a GPU do, but for a rule that turns the weights itself; on a CPU a float32 copy is there."""
+    """As kernels of a GPU do, but for a rule that turns the weights itself; on a CPU a float32 copy is there.
+
+    GradNormLoRP without one has R of a whole bucket on a CPU, which takes as much.
+    """
     model = LlamaForCausalLM(small(hidden_size=256)).bfloat16()
     largest = 4 * max(p.numel() for p in model.parameters())
     more = {}
@@ -95,7 +98,7 @@ def test_kahan_copies_no_parameter_where_its_kernel_compensates(name, copies):
         plans = (so.plan(model, name, seq=8, rank=8, device=device, rounding=r) for r in ("kahan", "nearest"))
         kahan, nearest = (plan.phases["step"] - plan.phases["start"] for plan in plans)
         more[device] = kahan - nearest
-    assert more["cpu"] > largest / 2
+    assert copies or more["cpu"] > largest / 2
     assert (more["cuda"] == 0) != copies
 
 

@@ -580,12 +580,12 @@ def test_the_basis_in_force_is_the_one_that_is_kept(projector, bits, error):
         assert (used.mT @ used - torch.eye(32)).abs().max() < 2 * error
 
 
-@pytest.mark.parametrize(("limit", "bits"), [("OPEN_BYTES", 8), ("WORK_BYTES", 32)])
-def test_a_bucket_is_stepped_in_parts_of_bounded_size(monkeypatch, limit, bits):
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_bucket_is_stepped_in_parts_of_bounded_size(monkeypatch, bits):
     """Random bases, which are not factorised in batches and take memory as they are: bit for bit."""
     ends = []
-    for size in (getattr(storage, limit), 1):
-        monkeypatch.setattr(storage, limit, size)
+    for size in (storage.WORK_BYTES, 1):
+        monkeypatch.setattr(storage, "WORK_BYTES", size)
         params = [torch.nn.Parameter(noise(i, (12, 7)).float()) for i in range(4)]
         opt = so.SubspaceOptimizer(params, so.RandomProjection(2, 3), lr=0.1, state_bits=bits)
         for step in range(5):

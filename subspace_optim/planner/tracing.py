@@ -548,7 +548,7 @@ def _set_aside(optimizer: SubspaceOptimizer) -> list[Any]:
             rule = optimizer.rule if plan.side else optimizer.dense_rule
             alone = compensates(rule, select.resolve(optimizer.backend, plan))
             opens = storage.open_bytes(plan, rule.takes_codes, alone)
-            if seen[index, plan] * opens >= storage.OPEN_BYTES:
+            if seen[index, plan] * opens >= storage.WORK_BYTES:
                 aside += [param.grad, optimizer.lows.pop(param, None)]
                 param.grad = None
             seen[index, plan] += plan.stack or 1
