@@ -177,6 +177,19 @@ def test_a_signal_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_launcher_does_not_silence_the_error_of_a_rank():
+    """torchrun ends all ranks as soon as it sees that one has ended; another may be about to say what it met."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(RuntimeError, match="lost"), stop_signals(again=False) as caught:
+            raise RuntimeError("lost")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_run_goes_on_where_its_output_cannot(tmp_path, corpus, monkeypatch):
     """A full disk under a log of it; a reader or a terminal that is gone is an OSError as well."""
     with open("/dev/full", "w") as full:

@@ -100,7 +100,8 @@ def stop_signals(pass_on: Callable[[int], None] | None = None, *, again: bool = 
 
     Args:
         pass_on: Told of a SIGTERM, which unlike Ctrl-C in a terminal does not reach a child process by itself.
-        again: False to collect further ones too: a launcher passes on what the terminal has sent already.
+        again: False to collect further ones too, an error's way out included: a launcher passes on what the terminal
+            has sent already, and ends every rank 0.1 s after the first has ended, which would silence the others.
 
     Yields:
         A list that holds the signal's number once it came.
@@ -124,8 +125,11 @@ def stop_signals(pass_on: Callable[[int], None] | None = None, *, again: bool = 
         signal.signal(number, catch)
     try:
         yield caught
-    finally:
-        restore()
+    except BaseException:
+        if again:
+            restore()
+        raise
+    restore()
 
 
 class Run:
