@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,10 @@ from hypothesis import HealthCheck, settings
 
 # One thread: the matrices are small, the workers of pytest-xdist are many, and sums keep their order.
 torch.set_num_threads(1)
+
+# As in a terminal: nohup, and a shell that puts the tests into the background, would have all children ignore them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.too_slow]
