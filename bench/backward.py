@@ -69,7 +69,7 @@ def held(model):
     return sum(p.nbytes for p in model.parameters())
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.backward", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="60m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time; more measure the wall clock")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     vocabulary = MODELS[options.model][3]

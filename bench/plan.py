@@ -65,7 +65,7 @@ def measured(size, settings, steps):
     return {"measured": peak, "seconds": time.monotonic() - begin, "losses": losses}
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["60m", "130m"])
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--fit", help="take what the planner chooses for this size, and cap the allocator there")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     rows = {}
     for size in options.sizes:

@@ -7,7 +7,9 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from subspace_optim import __version__
@@ -16,6 +18,8 @@ from subspace_optim.pretrain.display import begin_output, complain, end_output, 
 from subspace_optim.sizes import SIZES
 from subspace_optim.types import BITS, ROUNDINGS
 
+_SOURCE = Path(__file__).resolve().parents[1]  # a checkout, unless a wheel was installed
+_BENCHMARKS = ("run", "backward", "plan", "gpu", "tune")
 _EXTRA = ("numpy", "transformers", "tokenizers", "rich", "matplotlib")
 EXIT_CODES = (
     "exit codes: 0 done; 1 training broke down; 2 a mistake in the options or a full disk; 129, 130 or 143 stopped by "
@@ -161,6 +165,18 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
     _add_projection_options(memory)
     memory.set_defaults(function=_plan)
+
+    race = commands.add_parser(
+        "bench",
+        help="a step on this machine beside torch's AdamW and the peers",
+        description="Run a benchmark of a checkout's bench/ with the options that follow its name; NAME --help lists "
+        "them. run: a step on a CPU beside fused AdamW and the peers that are installed; backward: whole training "
+        "steps; plan: planned beside measured peaks; gpu: a step on a GPU; tune: block shapes of the Triton kernels.",
+        allow_abbrev=False,
+    )
+    race.add_argument("benchmark", nargs="?", choices=_BENCHMARKS, default="run", metavar="NAME")
+    race.add_argument("options", nargs=argparse.REMAINDER, metavar="...")
+    race.set_defaults(function=_bench)
 
     here = commands.add_parser("backends", help="which kernels are available here, and why others are not")
     here.set_defaults(function=_backends)
@@ -319,6 +335,17 @@ def _plan(given: dict[str, Any]) -> int:
     return plan(given)
 
 
+def _bench(given: dict[str, Any]) -> int:
+    if not (_SOURCE / "bench").is_dir():
+        raise UserError(
+            "bench: the benchmarks are not part of an installed package; clone the source, pip install -e '.[cli]' "
+            "there, and call this again"
+        )
+    _require_extra()
+    sys.path.insert(0, str(_SOURCE))
+    return int(import_module(f"bench.{given['benchmark']}").main(given["options"]) or 0)
+
+
 def _backends(given: dict[str, Any]) -> int:
     import subspace_optim as so
 
@@ -340,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = vars(_parser().parse_args(arguments))
         del given["command"]
         function: Callable[[dict[str, Any]], int] = given.pop("function")
-        if arguments is None and function is not _backends:
+        if arguments is None and function not in (_backends, _bench):
             _wait_without_spinning()
         return function(given)
     except Failure as error:

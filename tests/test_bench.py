@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from subspace_optim import cli
 from subspace_optim.kernels import reference
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,14 @@ def test_one_command_measures_everything_that_is_there(bench, tmp_path, capsys):
     assert galore["amortised_ms"]["200"] == pytest.approx(galore["step_ms"] + galore["refresh_ms"] / 200)
     assert galore["flops_ms"] > 0 and record["arms"]["grams"]["flops_ms"] == 0
     assert "torch AdamW fused" in next(tmp_path.glob("*.svg")).read_text()
+
+
+def test_the_command_line_hands_its_options_on(bench, tmp_path, monkeypatch, capsys):
+    assert cli.main(["bench", "run", *TINY, "--arms", "adamw", "--gap", "0", "--out", str(tmp_path)]) == 0
+    assert "adamw" in json.loads(next(tmp_path.glob("*.json")).read_text())["arms"]
+    monkeypatch.setattr(cli, "_SOURCE", tmp_path)  # as where a wheel was installed
+    assert cli.main(["bench"]) == 2
+    assert "bench: the benchmarks are not part of an installed package" in capsys.readouterr().err
 
 
 def test_an_arm_that_is_wrong_gets_no_figure(bench, tmp_path, capsys, monkeypatch):
