@@ -211,7 +211,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         Raises:
             TypeError: a gradient is sparse, or of a type that cannot be stepped.
-            ValueError: an option of a group is out of range by now, or its rank or side is another than before.
+            ValueError: an option of a group is gone or out of range by now, or its rank or side is another than before.
             RuntimeError: the backend that was asked for cannot step a tensor, or a tensor has both a gradient and one
                 that was projected ahead. In all these cases nothing has changed.
         """

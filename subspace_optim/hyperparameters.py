@@ -94,6 +94,10 @@ def check(group: Mapping[str, Any], where: str) -> None:
     def need(ok: bool, key: str, wanted: str) -> None:
         demand(ok, where, key, group[key], wanted)
 
+    gone = [key for key in KEYS if key not in group]
+    if gone:
+        raise ValueError(f"{where} has no {', '.join(gone)} any more; every option stays in its group, so set it again")
+
     lr, rank = group["lr"], group["rank"]
     if isinstance(lr, Tensor):
         need(lr.numel() == 1, "lr", "a float or a tensor of one element")

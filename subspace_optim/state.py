@@ -111,7 +111,7 @@ class StatefulOptimizer(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"{where} must be a dict with the key 'params', and is a {type(param_group).__name__}")
         group = canonical(param_group, where)
-        self._check_group(group, f"group {len(self.param_groups)}")
+        self._check_group({**self.defaults, **group}, f"group {len(self.param_groups)}")
         params = group["params"]
         if not isinstance(params, set):  # which torch refuses
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -123,8 +123,8 @@ class StatefulOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], which: str) -> None:
         where = f"{type(self).__name__}: {which}"
-        check({**self.defaults, **group}, where)
-        if group.get("rank") is not None and self.projector is None:
+        check(group, where)
+        if group["rank"] is not None and self.projector is None:
             raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
 
     @staticmethod
@@ -166,6 +166,10 @@ class StatefulOptimizer(Optimizer):
         if seat is not None and seat.fits(param, self._makings(param, self._options(group))):
             return seat.plan
         return plan_for(param, group)
+
+    def index_of(self, param: Tensor) -> int | None:
+        """The index of the group that a tensor is in by now; None where it is in none."""
+        return next((index for _, index, _, own in self._positions() if own is param), None)
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a tensor of this optimizer."""
@@ -295,7 +299,7 @@ class StatefulOptimizer(Optimizer):
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             self._check_keys(incoming)
             for index, group in enumerate(incoming["param_groups"]):
-                self._check_group(group, f"group {index} of the checkpoint")
+                self._check_group({**self.defaults, **group}, f"group {index} of the checkpoint")
             matches = list(self._matched(incoming))
             self._check_order(incoming["param_groups"])
             for match in matches:

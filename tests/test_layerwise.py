@@ -459,6 +459,35 @@ def test_the_handle_leaves_everything_as_it_was():
     handle.remove()
 
 
+@by_mode
+def test_groups_may_be_removed_and_reordered(linear):
+    """Each tensor is served as the group says that it is in by now; what is in none keeps its gradient."""
+    ends = []
+    for served in (False, True):
+        model = mlp()
+        first, middle, last = (model[i].weight for i in (0, 2, 4))
+        changes = ({}, {"rank": 3}, {"lr": 0.02})
+        shared = {"rank": 2, "update_proj_gap": 7}
+        opt = so.GaLore(
+            [{"params": [weight], **shared, **own} for weight, own in zip((last, first, middle), changes)],
+            lr=0.01,
+            stagger=False,
+        )
+        if served:
+            so.project_in_backward(model, opt, linear=linear)
+        settle(model, opt, 3)
+        opt.param_groups.pop(0)
+        opt.param_groups.reverse()
+        model.zero_grad()
+        backward(model, 3)
+        assert [weight.grad is None for weight in (first, middle, last)] == [served, served, False]
+        opt.step()
+        ends.append(weights(model))
+    plain, projected = ends
+    for name, weight in plain.items():
+        torch.testing.assert_close(projected[name], weight)
+
+
 def test_copies_are_plain():
     """A deep copy (an average of weights) or a pickled model has a forward of its own, and no optimizer in it."""
     model = mlp()

@@ -554,6 +554,18 @@ def test_an_option_that_went_wrong_on_the_way_is_refused_before_anything_changes
     assert all((state["step"] == 2).all() for state in opt.state.values())
 
 
+@pytest.mark.parametrize("key", ["lr", "scale", "rank"])
+def test_an_option_that_is_gone_is_missed_before_anything_changes(key):
+    """The constructor's value in its place might be another one than the run has had."""
+    params = net(names=("tall", "vector", "experts"))
+    opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
+    weights = snapshot(params)
+    del opt.param_groups[-1][key]
+    with pytest.raises(ValueError, match=f"GaLore: group 1 has no {key} any more; .* set it again"):
+        train(params, opt, range(1))
+    assert_same(snapshot(params), weights)
+
+
 def test_a_schedule_that_ends_a_rounding_below_zero_goes_on():
     params = net(names=("tall",))
     opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
