@@ -273,16 +273,22 @@ class StatefulOptimizer(Optimizer):
                 position += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; once there is state, every parameter that requires a gradient has some.
+        """As torch's, with the `method` by which the state is to be read: a load compares it.
 
-        torch.distributed.checkpoint reads into a fresh optimizer, for which it makes all state: what a checkpoint left
-        out, because a parameter has not had a gradient yet, it would miss.
+        Once there is state, every parameter that requires a gradient has some: torch.distributed.checkpoint reads into
+        a fresh optimizer, for which it makes all state, and would miss what a checkpoint left out because a parameter
+        has not had a gradient yet. Its helpers (get_optimizer_state_dict) leave the method out.
         """
         if self.state:
             self.allocate_state()
         saved = super().state_dict()
         groups = [{key: plain(value) for key, value in group.items()} for group in saved["param_groups"]]
-        return {**saved, "param_groups": groups}  # schedulers write what their functions return
+        return {**saved, "param_groups": groups, "method": self._method()}  # schedulers write what functions return
+
+    def _method(self) -> dict[str, str]:
+        """What may read state of the same keys and shapes in another way."""
+        parts = {"projector": self.projector, "rule": self.rule, "dense_rule": self.dense_rule}
+        return {name: part.keeps for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
@@ -290,8 +296,8 @@ class StatefulOptimizer(Optimizer):
         Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
-            ValueError: the state is of another optimizer, rank or model, or of no parameter; or its parameters, by
-                their names, come in another order; or an option of a group is out of range. Nothing has been changed
+            ValueError: the state is of another optimizer, rule, rank or model, or of no parameter; or its parameters,
+                by their names, come in another order; or an option of a group is out of range. Nothing has been changed
                 then.
         """
         states: dict[Tensor, State] = {}
@@ -304,6 +310,7 @@ class StatefulOptimizer(Optimizer):
             self._check_order(incoming["param_groups"])
             for match in matches:
                 self._check_loaded(match)
+                self._check_method(match, incoming.get("method", {}))
             states.update((match.param, self._adopted(match)) for match in matches)
             return {**incoming, "state": {}}  # torch would cast it to the dtype of the parameters
 
@@ -382,6 +389,16 @@ class StatefulOptimizer(Optimizer):
                 raise ValueError(
                     f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
                     f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
+                )
+
+    def _check_method(self, match: _Match, saved: dict[str, str]) -> None:
+        """Refuse state that would be read otherwise than it was written; older checkpoints do not tell."""
+        own = self._method()
+        for part in ("dense_rule",) if match.plan.side is None else ("projector", "rule"):
+            if saved.get(part, own[part]) != own[part]:
+                raise ValueError(
+                    f"{match.name}: the checkpoint is of the {part} {saved[part]}, whose state {own[part]} would "
+                    f"misread; load it into an optimizer with that {part}"
                 )
 
     @classmethod

@@ -349,6 +349,52 @@ def test_a_wrong_checkpoint_is_refused_before_anything_changes(name):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][i][k])) for k, v in state.items())
 
 
+ALIKE = {  # in keys and shapes
+    "rule": (so.Lion(), so.Momentum(), "the rule Lion, whose state Momentum would misread"),
+    "lr_inside": (so.Adafactor(), so.Adafactor(lr_inside=True), "lr_inside=False.*lr_inside=True"),
+    "dense": (so.Adam(), so.Adafactor(), "vector: the checkpoint is of the dense_rule Adam,.* Adafactor"),
+    "kind": (so.RandomProjection(2), so.RandomProjection(2, kind="gaussian"), "kind='orthonormal'.*kind='gaussian'"),
+    "draws": (
+        so.RandomProjection(2, kind="gaussian"),
+        so.Flora(net().parameters(), rank=2, compat="official").projector,
+        "the projector RandomProjection.kind='gaussian'., whose .*torch's generator would misread",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ALIKE)
+def test_state_that_would_be_misread_is_refused(part):
+    """And taken where an older checkpoint does not tell."""
+    theirs, ours, message = ALIKE[part]
+    option = {"dense": "dense_rule", "kind": "projector", "draws": "projector"}.get(part, "rule")
+    params = net(names=("vector",) if part == "dense" else ("tall", "vector"))
+    opts = [
+        so.SubspaceOptimizer(groups(params), **{"projector": so.SVD(rank=2), option: own}) for own in (theirs, ours)
+    ]
+    for opt in opts:
+        train(params, opt, range(2))
+    saved, before = opts[0].state_dict(), copy.deepcopy(opts[1].state_dict())
+    with pytest.raises(ValueError, match=message):
+        opts[1].load_state_dict(saved)
+    for number, state in opts[1].state_dict()["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(before["state"][number][k])) for k, v in state.items()
+        )
+    del saved["method"]
+    opts[1].load_state_dict(saved)
+
+
+def test_what_changes_no_meaning_loads():
+    """A dense run does not read its rule, nor a new basis the one that was iterated otherwise."""
+    params = net()
+    opt = so.GaLore(groups(params), rank=RANK, rule=so.Adam())
+    train(params, opt, range(1))
+    so.GaLore(groups(net()), rank=RANK, compat="official").load_state_dict(opt.state_dict())
+    opt = so.SubspaceOptimizer(groups(params), rule=so.Lion())
+    train(params, opt, range(1))
+    so.SubspaceOptimizer(groups(net()), rule=so.Momentum()).load_state_dict(opt.state_dict())
+
+
 def test_a_checkpoint_with_other_groups_is_refused_in_torchs_words():
     params = net()
     opt = galore(params)
