@@ -29,7 +29,7 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, not_dense, plan_for
+from .state import DTYPES, Seat, StatefulOptimizer, follows, in_no_mode, member_states, name_in, not_dense, plan_for
 from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -197,7 +197,6 @@ class SubspaceOptimizer(StatefulOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient.
 
@@ -223,6 +222,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         return loss
 
     @_in_eager  # and not the closure, as trainers call a compiled model in one
+    @in_no_mode
     def _step(self) -> None:
         self.observer.begin()
         works = self._collect()
@@ -313,7 +313,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         states = [member for param in params for member in member_states(plan, self.state[param])]
         return self.projector.bases(plan, storage.with_bases(plan, states, kernel))
 
-    @torch.no_grad()
+    @in_no_mode
     def renew_early(self, index: int, param: Tensor) -> None:
         """Renew the bases of a projected tensor that are due in the coming step from the gradient that it has now.
 
@@ -342,7 +342,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             storage.close_(part, opened, kernel)
         entry.store()
 
-    @torch.no_grad()
+    @in_no_mode
     def project_gradients(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
         """R ← R + project(p.grad), and p.grad is freed, for all of the tensors of which the step needs no more than R.
 
@@ -379,7 +379,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             self.lows[param] = list(lows)
 
     @_in_eager
-    @torch.no_grad()
+    @in_no_mode
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients down until their joint norm is at most `max_norm`; returns the norm they had.
 

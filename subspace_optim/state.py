@@ -6,10 +6,10 @@ All of the engine but the step: tensors that cannot be stepped are refused, stat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .projectors import UNSET, Projector
 from .rules import Rule
 from .types import Plan, State, make_plan, scalar, stack_states, state_axes, unstack_state
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
 _Layout = dict[str, tuple[tuple[int, ...] | None, torch.dtype | None]]  # of state tensors; an int has neither
@@ -70,6 +72,20 @@ class _Match:
     saved: State
     wanted: _Layout
     axes: dict[str, tuple[Axes, tuple[int, ...]]]
+
+
+def in_no_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Make the work of an optimizer the same in whatever modes the caller is.
+
+    Autocast would round the products that bases come from; inference mode makes state that no later step may write.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class StatefulOptimizer(Optimizer):
@@ -239,6 +255,7 @@ class StatefulOptimizer(Optimizer):
             member["age"] += self._offset(position + j, group)
         return member
 
+    @in_no_mode
     def allocate_state(self) -> None:
         """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
         for position, index, _, param in self._positions():
@@ -402,6 +419,7 @@ class StatefulOptimizer(Optimizer):
                 )
 
     @classmethod
+    @in_no_mode
     def _adopted(cls, match: _Match) -> State:
         """The state in question in its own dtypes, where and as this parameter's is kept; it shares no memory."""
         return {

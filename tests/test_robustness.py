@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -779,6 +780,32 @@ def test_the_default_dtype_does_not_matter(cls, dtype):
             train(params, opt, range(2))
         finally:
             torch.set_default_dtype(torch.float32)
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
+MODES = {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@by_name
+def test_the_mode_of_the_caller_does_not_matter(cls, backend, mode):
+    """A loop that lies in autocast as a whole; state that is made, or loaded, in inference mode."""
+    ends = []
+    for inside in (nullcontext, mode):
+        params = net(names=("tall", "vector", "experts"))
+        opt = cls(groups(params), lr=0.1, rank=RANK, backend=backend)
+        for step in range(2):
+            set_gradients(params, step)
+            with inside():
+                opt.clip_grad_norm_(1.0)
+                opt.step()
+            opt.zero_grad()
+        twin = cls(groups(params), lr=0.1, rank=RANK, backend=backend)
+        with inside():
+            twin.load_state_dict(opt.state_dict())
+        train(params, twin, range(2, 4))
         ends.append(snapshot(params))
     assert_same(*ends)
 

@@ -20,6 +20,7 @@ from ..engine import SubspaceOptimizer
 from ..kernels.reference import back
 from ..kernels.select import resolve
 from ..rules import flat
+from ..state import in_no_mode
 from ..storage import Codec
 from ..types import Bases, Plan
 
@@ -79,7 +80,7 @@ class ProjectedState:
         self._errors: dict[Tensor, list[Tensor]] = {}
         self._params = [param for group in opt.param_groups for param in group["params"]]
 
-    @torch.no_grad()
+    @in_no_mode
     def average(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[dist.Work], Callable[[], None]]:
         """Begin to average gradients over the ranks, in place; of a projected one is left what projects to the mean R.
 
@@ -117,7 +118,7 @@ class ProjectedState:
             works.append(dist.all_gather(received, sent[-1], group=self.group, async_op=True))
         self.bytes_sent += sum(message.nbytes for message in sent)
 
-        @torch.no_grad()
+        @in_no_mode
         def finish() -> None:
             if whole:
                 torch._foreach_copy_(whole, _parts(sums[0], whole))
