@@ -29,7 +29,18 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, follows, in_no_mode, member_states, name_in, not_dense, plan_for
+from .state import (
+    DTYPES,
+    Seat,
+    StatefulOptimizer,
+    follows,
+    in_no_mode,
+    member_states,
+    name_in,
+    not_dense,
+    not_optimizable,
+    plan_for,
+)
 from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -467,7 +478,9 @@ class SubspaceOptimizer(StatefulOptimizer):
             if grad is not None and grad.layout != torch.strided:
                 raise not_dense(name_in(group, i), grad)
             if param.dtype not in DTYPES:
-                raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
+                raise not_optimizable(f"{name_in(group, i)} is", param.dtype)
+            if grad is not None and grad.dtype not in DTYPES:
+                raise not_optimizable(f"{name_in(group, i)} has a gradient of", grad.dtype)
             seat = self._seat(position, param, group, options[index])
             if self.state.get(param):
                 self._check_state(position, index, i, param, seat)
@@ -644,7 +657,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: `every` is not a whole number ≥ 1.
         """
-        if not isinstance(every, int) or every < 1:
+        if not is_whole(every) or every < 1:
             raise ValueError(f"{type(self).__name__}.watch: every={every!r} must be a whole number of at least 1")
         self.observer = Monitor(every, self._members)
 

@@ -156,7 +156,13 @@ class StatefulOptimizer(Optimizer):
             raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
         taken[id(param)] = name
         if param.dtype not in DTYPES and param.requires_grad:  # quantised weights are frozen
-            raise TypeError(f"{name} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
+            raise not_optimizable(f"{name} is", param.dtype)
+        if param.layout != torch.strided and param.requires_grad:
+            raise TypeError(f"{name} is {param.layout}; optimizable are dense tensors")
+        if param.requires_grad and any(
+            n > 1 and not stride for n, stride in zip(param.shape, param.stride(), strict=True)
+        ):
+            raise ValueError(f"{name} is expanded, so that its elements share memory; give clone() of it")
         try:
             distributed.Layout.of(param)
         except ValueError as error:
@@ -407,6 +413,8 @@ class StatefulOptimizer(Optimizer):
                     f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
                     f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
                 )
+            if shape is not None and not distributed.local(match.saved[key]).isfinite().all():
+                raise ValueError(f"{match.name}: the checkpoint's {key} is not finite; take an earlier checkpoint")
 
     def _check_method(self, match: _Match, saved: dict[str, str]) -> None:
         """Refuse state that would be read otherwise than it was written; older checkpoints do not tell."""
@@ -505,6 +513,11 @@ def name_in(group: dict[str, Any], i: int) -> str:
     if i < len(group.get("param_names", ())):  # a list of parameters may be added to, as lists may
         return str(group["param_names"][i])
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def not_optimizable(what: str, dtype: torch.dtype) -> TypeError:
+    """What is raised for a tensor of another type than those that can be stepped."""
+    return TypeError(f"{what} {dtype}; optimizable are {', '.join(map(str, DTYPES))}")
 
 
 def not_dense(name: str, grad: Tensor) -> TypeError:

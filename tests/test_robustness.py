@@ -506,7 +506,16 @@ def test_every_side_of_every_shape(cls, shape, proj_type):
 # Nothing by halves
 
 
-@pytest.mark.parametrize(("fault", "fresh"), [("sparse", True), ("sparse", False), ("rank", False)])
+FAULTS = {
+    "sparse": (TypeError, "experts has a torch.sparse_coo gradient; use a dense one"),
+    "complex": (TypeError, "experts has a gradient of torch.complex64; optimizable are"),
+    "rank": (ValueError, r"experts has exp_avg of shape .*rank=1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "fresh"), [(f, fresh) for f in FAULTS for fresh in (True, False) if (f, fresh) != ("rank", True)]
+)
 @by_name
 def test_a_refused_step_changes_nothing(cls, fault, fresh):
     """What is wrong is in the last group; the first one must not have moved."""
@@ -514,12 +523,15 @@ def test_a_refused_step_changes_nothing(cls, fault, fresh):
     opt = cls(groups(params), lr=0.1, rank=RANK)
     train(params, opt, range(0 if fresh else 2))
     set_gradients(params, 2)
+    wrong = params["experts"]
     if fault == "sparse":
-        params["experts"].grad = params["experts"].grad.to_sparse()
-        error, message = TypeError, "experts has a torch.sparse_coo gradient; use a dense one"
+        wrong.grad = wrong.grad.to_sparse()
+    elif fault == "complex":
+        wrong.grad, wrong.grad_dtype = None, torch.complex64
+        wrong.grad = torch.ones_like(wrong, dtype=torch.complex64)
     else:
         opt.param_groups[-1]["rank"] = 1
-        error, message = ValueError, r"experts has exp_avg of shape .*rank=1"
+    error, message = FAULTS[fault]
     weights = snapshot(params)
     state = {param: {k: torch.as_tensor(v).clone() for k, v in kept.items()} for param, kept in opt.state.items()}
     with pytest.raises(error, match=message):

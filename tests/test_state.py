@@ -318,6 +318,7 @@ EDITS = {
     "missing": lambda state: state[3].pop("exp_avg_sq"),
     "not_a_tensor": lambda state: state[0].update(exp_avg="zeros"),
     "not_an_int": lambda state: state[0].update(age="old"),
+    "not_finite": lambda state: state[5]["exp_avg"][1, 0, 0].fill_(torch.nan),
 }
 WRONG = {
     "other_shape": (other_shape, "tall: .*exp_avg is a tensor of shape .10, 2., .*needs a tensor of shape .12, 2."),
@@ -328,6 +329,7 @@ WRONG = {
     "not_a_tensor": (edited(EDITS["not_a_tensor"]), "conv: .*exp_avg is of type str, .*needs a tensor"),
     "whole_file": (whole_file, "a dict of 'state' and 'param_groups'; this holds model, optimizer"),
     "of_json": (of_json, "has state under '0', which is in none of its groups' params; .*make ints of them again"),
+    "not_finite": (edited(EDITS["not_finite"]), "experts: the checkpoint's exp_avg is not finite; take an earlier"),
     "not_an_int": (edited(EDITS["not_an_int"]), "conv: .*age is of type str, .*needs of type int"),
 }
 
