@@ -273,10 +273,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: they are more than the `ordinary_steps`: one of them should have renewed a basis.
         """
-        if not 0 <= steps <= self.ordinary_steps:
+        if not (is_whole(steps) and 0 <= steps <= self.ordinary_steps):
             raise ValueError(
-                f"{type(self).__name__}.replayed: steps={steps!r} must be at least 0 and at most ordinary_steps, "
-                f"{self.ordinary_steps}; call step() where that is 0, which renews bases"
+                f"{type(self).__name__}.replayed: steps={steps!r} must be an int of at least 0 and at most "
+                f"ordinary_steps, {self.ordinary_steps}; call step() where that is 0, which renews bases"
             )
         for state in self.state.values():
             if "age" in state:
@@ -284,7 +284,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                 if isinstance(age, Tensor):
                     age += steps
                 else:
-                    state["age"] += steps
+                    state["age"] += int(steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch does, and forget what was projected ahead of the step."""

@@ -300,11 +300,16 @@ class StatefulOptimizer(Optimizer):
 
         Once there is state, every parameter that requires a gradient has some: torch.distributed.checkpoint reads into
         a fresh optimizer, for which it makes all state, and would miss what a checkpoint left out because a parameter
-        has not had a gradient yet. Its helpers (get_optimizer_state_dict) leave the method out.
+        has not had a gradient yet. Its helpers (get_optimizer_state_dict) leave the method out. What has left the
+        groups is kept here, and not saved.
         """
         if self.state:
             self.allocate_state()
-        saved = super().state_dict()
+        strays = {param: self.state.pop(param) for param in self.state.keys() - {p for *_, p in self._positions()}}
+        try:
+            saved = super().state_dict()  # which knows no number for them
+        finally:
+            self.state.update(strays)
         groups = [{key: plain(value) for key, value in group.items()} for group in saved["param_groups"]]
         return {**saved, "param_groups": groups, "method": self._method()}  # schedulers write what functions return
 

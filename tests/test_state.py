@@ -405,6 +405,22 @@ def test_a_checkpoint_with_other_groups_is_refused_in_torchs_words():
         opt.load_state_dict(lesser.state_dict())
 
 
+def test_a_run_that_has_removed_a_group_can_be_saved():
+    """The state of what has left stays with the optimizer, should it come back."""
+    params = net(names=("tall", "vector", "experts"))
+    opt = galore(params)
+    train(params, opt, range(2))
+    removed = opt.param_groups.pop()
+    before = {key: torch.as_tensor(value).clone() for key, value in opt.state[params["experts"]].items()}
+    saved = opt.state_dict()
+    assert list(saved["state"]) == [0, 1]
+    fresh = galore(net(names=("tall", "vector")))
+    fresh.load_state_dict(saved)
+    opt.add_param_group(removed)
+    assert all(torch.equal(torch.as_tensor(opt.state[params["experts"]][key]), value) for key, value in before.items())
+    assert list(opt.state_dict()["state"]) == [0, 1, 2]
+
+
 def test_groups_come_from_the_checkpoint():
     """As in torch: hyperparameters that were saved win, and state of another rank comes with its rank."""
     params = net()
