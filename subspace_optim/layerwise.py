@@ -152,6 +152,10 @@ def project_in_backward(
         layer.forward = _Linear(layer, opt)
         handle._undo.append(partial(delattr, layer, "forward"))
         replaced.add(layer.weight)
+    if isinstance(model, nn.Module):
+        module = model
+        module.zero_grad = _ZeroGrad(model, opt)
+        handle._undo.append(partial(delattr, model, "zero_grad"))
     for param, name in chosen.items():
         # A replaced weight has one as well: for its whole gradients, and for other uses of it.
         hook = partial(_project, opt, name, early)
@@ -244,6 +248,22 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
             part = []
     if part:
         yield part
+
+
+class _ZeroGrad:
+    """`zero_grad` of the model, which loops call in the place of the optimizer's: R is forgotten along with p.grad."""
+
+    def __init__(self, module: nn.Module, opt: SubspaceOptimizer) -> None:
+        self.module, self.opt = module, opt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As of `_Linear`."""
+        return getattr, (self.module, "zero_grad")
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        type(self.module).zero_grad(self.module, set_to_none)
+        for param in self.module.parameters():
+            self.opt.lows.pop(param, None)
 
 
 class _Linear:

@@ -312,8 +312,9 @@ def test_two_micro_batches_are_one_step(linear):
     assert_same(weights(model), before)
 
 
+@pytest.mark.parametrize("whose", ["model", "optimizer"])
 @by_mode
-def test_zero_grad_forgets(linear):
+def test_zero_grad_forgets(linear, whose):
     model, twin = mlp(), mlp()
     for parts in (model, twin):
         opt = galore(parts)
@@ -322,8 +323,8 @@ def test_zero_grad_forgets(linear):
         if parts is model:
             backward(parts, 50)
             assert opt.lows
-            opt.zero_grad()
-            assert not opt.lows
+            (opt if whose == "optimizer" else model).zero_grad()
+            assert not opt.lows and all(param.grad is None for param in model.parameters())
         backward(parts, 60)
         opt.step()
     assert_same(weights(model), weights(twin))
@@ -502,6 +503,8 @@ def test_copies_are_plain():
             backward(twin, 0)
             assert all(param.grad is not None for param in twin.parameters())
             assert not opt.lows
+            twin.zero_grad()
+            assert all(param.grad is None for param in twin.parameters())
             with torch.no_grad():
                 twin[0].weight.add_(1)
             assert torch.equal(model[0].weight, before)
