@@ -29,7 +29,18 @@ from .kernels import select
 from .monitor import LayerReport, Monitor, Observer
 from .projectors import UNSET, Projector, exact_products
 from .rules import Adam, Kernel, Rule, flat
-from .state import DTYPES, Seat, StatefulOptimizer, follows, member_states, name_in, not_dense, plan_for
+from .state import (
+    DTYPES,
+    Seat,
+    StatefulOptimizer,
+    follows,
+    in_no_mode,
+    member_states,
+    name_in,
+    not_dense,
+    not_optimizable,
+    plan_for,
+)
 from .types import Bases, Bucket, Hyper, Plan, State, scalar
 
 GRAD_LIMIT = 1e15  # a larger |g| overflows float32 when squared and summed over a row: it counts as infinite
@@ -197,7 +208,6 @@ class SubspaceOptimizer(StatefulOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step every parameter that has a gradient.
 
@@ -211,7 +221,7 @@ class SubspaceOptimizer(StatefulOptimizer):
 
         Raises:
             TypeError: a gradient is sparse, or of a type that cannot be stepped.
-            ValueError: an option of a group is out of range by now, or its rank or side is another than before.
+            ValueError: an option of a group is gone or out of range by now, or its rank or side is another than before.
             RuntimeError: the backend that was asked for cannot step a tensor, or a tensor has both a gradient and one
                 that was projected ahead. In all these cases nothing has changed.
         """
@@ -223,6 +233,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         return loss
 
     @_in_eager  # and not the closure, as trainers call a compiled model in one
+    @in_no_mode
     def _step(self) -> None:
         self.observer.begin()
         works = self._collect()
@@ -262,10 +273,10 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: they are more than the `ordinary_steps`: one of them should have renewed a basis.
         """
-        if not 0 <= steps <= self.ordinary_steps:
+        if not (is_whole(steps) and 0 <= steps <= self.ordinary_steps):
             raise ValueError(
-                f"{type(self).__name__}.replayed: steps={steps!r} must be at least 0 and at most ordinary_steps, "
-                f"{self.ordinary_steps}; call step() where that is 0, which renews bases"
+                f"{type(self).__name__}.replayed: steps={steps!r} must be an int of at least 0 and at most "
+                f"ordinary_steps, {self.ordinary_steps}; call step() where that is 0, which renews bases"
             )
         for state in self.state.values():
             if "age" in state:
@@ -273,7 +284,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                 if isinstance(age, Tensor):
                     age += steps
                 else:
-                    state["age"] += steps
+                    state["age"] += int(steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch does, and forget what was projected ahead of the step."""
@@ -313,7 +324,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         states = [member for param in params for member in member_states(plan, self.state[param])]
         return self.projector.bases(plan, storage.with_bases(plan, states, kernel))
 
-    @torch.no_grad()
+    @in_no_mode
     def renew_early(self, index: int, param: Tensor) -> None:
         """Renew the bases of a projected tensor that are due in the coming step from the gradient that it has now.
 
@@ -342,7 +353,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             storage.close_(part, opened, kernel)
         entry.store()
 
-    @torch.no_grad()
+    @in_no_mode
     def project_gradients(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
         """R ← R + project(p.grad), and p.grad is freed, for all of the tensors of which the step needs no more than R.
 
@@ -379,7 +390,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             self.lows[param] = list(lows)
 
     @_in_eager
-    @torch.no_grad()
+    @in_no_mode
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients down until their joint norm is at most `max_norm`; returns the norm they had.
 
@@ -467,7 +478,9 @@ class SubspaceOptimizer(StatefulOptimizer):
             if grad is not None and grad.layout != torch.strided:
                 raise not_dense(name_in(group, i), grad)
             if param.dtype not in DTYPES:
-                raise TypeError(f"{name_in(group, i)} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
+                raise not_optimizable(f"{name_in(group, i)} is", param.dtype)
+            if grad is not None and grad.dtype not in DTYPES:
+                raise not_optimizable(f"{name_in(group, i)} has a gradient of", grad.dtype)
             seat = self._seat(position, param, group, options[index])
             if self.state.get(param):
                 self._check_state(position, index, i, param, seat)
@@ -644,7 +657,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             ValueError: `every` is not a whole number ≥ 1.
         """
-        if not isinstance(every, int) or every < 1:
+        if not is_whole(every) or every < 1:
             raise ValueError(f"{type(self).__name__}.watch: every={every!r} must be a whole number of at least 1")
         self.observer = Monitor(every, self._members)
 

@@ -94,9 +94,13 @@ def check(group: Mapping[str, Any], where: str) -> None:
     def need(ok: bool, key: str, wanted: str) -> None:
         demand(ok, where, key, group[key], wanted)
 
+    gone = [key for key in KEYS if key not in group]
+    if gone:
+        raise ValueError(f"{where} has no {', '.join(gone)} any more; every option stays in its group, so set it again")
+
     lr, rank = group["lr"], group["rank"]
     if isinstance(lr, Tensor):
-        need(lr.numel() == 1, "lr", "a float or a tensor of one element")
+        need(lr.numel() == 1 and not lr.is_complex(), "lr", "a float or a real tensor of one element")
         lr = float(lr) if lr.device.type == "cpu" else 0.0  # a GPU is not waited for
     need(is_number(lr) and lr >= _UNDERSHOOT, "lr", "a finite number ≥ 0")
     need(are_betas(group["betas"]), "betas", "two numbers in [0, 1)")

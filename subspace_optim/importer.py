@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,10 +63,11 @@ def import_checkpoint(
     if source not in SOURCES:
         raise ValueError(f"import_checkpoint: source={source!r} must be one of {', '.join(SOURCES)}")
     theirs = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint, weights_only)
-    if not ("state" in theirs and "param_groups" in theirs):
+    if not (isinstance(theirs, Mapping) and {"state", "param_groups"} <= set(theirs)):
+        what = f"has {', '.join(map(str, list(theirs)[:6]))}" if isinstance(theirs, Mapping) else f"is {type(theirs)}"
         raise ValueError(
-            f"import_checkpoint: an optimizer's state dict has 'state' and 'param_groups', and this has "
-            f"{', '.join(map(str, list(theirs)[:6]))}; give the part that is the optimizer's"
+            f"import_checkpoint: an optimizer's state dict has 'state' and 'param_groups', and this {what}; give the "
+            "part that is the optimizer's"
         )
     states = {index: {**state.get(_NESTED, {}), **state} for index, state in theirs["state"].items()}
     found = _source(states)
@@ -103,16 +106,22 @@ class _Moments:
 
 def _read(path: str | PathLike[str], weights_only: bool) -> Mapping[str, Any]:
     allowed: list[Any] = [] if weights_only else [(_Projector, _PROJECTOR)]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if weights_only and _PROJECTOR in str(error):
+    with Path(path).open("rb") as file:
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if weights_only and _PROJECTOR in str(error):
+                raise ValueError(
+                    f"import_checkpoint: {path} holds galore_torch's projector as a pickled object; pass "
+                    "weights_only=False to have its fields read (no other class is, and no code runs)"
+                ) from None
+            raise
+        except Exception as error:  # of whatever kind the bytes lead to
+            what = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"import_checkpoint: {path} holds galore_torch's projector as a pickled object; pass "
-                "weights_only=False to have its fields read (no other class is, and no code runs)"
-            ) from None
-        raise
+                f"import_checkpoint: {path} is no file of torch.save, or a part of one ({what})"
+            ) from error
 
 
 def _source(states: Mapping[Any, State]) -> str:
@@ -160,6 +169,8 @@ def _moments(name: str, plan: Plan, state: State) -> list[_Moments]:
         raise ValueError(f"{name} has {', '.join(sorted(state))} in the checkpoint: not what AdamW keeps")
     step = float(state["step"])
     first, second = (_decoded(name, state, key) for key in keys)
+    if not (0 <= step < math.inf and first.isfinite().all() and second.isfinite().all() and (second >= 0).all()):
+        raise ValueError(f"{name} has a moment in the checkpoint that is not finite, or a negative square or step")
     projector = state.get("projector")
     shape = plan.shape if projector is None else plan.low_shape
     if tuple(first.shape) != shape or (projector is not None and plan.side is None):

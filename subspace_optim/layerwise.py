@@ -149,12 +149,16 @@ def project_in_backward(
     handle = ProjectedBackward(opt)
     replaced: set[Tensor] = set()
     for layer in layers:
-        layer.forward = _Linear(layer, opt, groups[layer.weight])
+        layer.forward = _Linear(layer, opt)
         handle._undo.append(partial(delattr, layer, "forward"))
         replaced.add(layer.weight)
+    if isinstance(model, nn.Module):
+        module = model
+        module.zero_grad = _ZeroGrad(model, opt)
+        handle._undo.append(partial(delattr, model, "zero_grad"))
     for param, name in chosen.items():
         # A replaced weight has one as well: for its whole gradients, and for other uses of it.
-        hook = partial(_project, opt, groups[param], name, early)
+        hook = partial(_project, opt, name, early)
         handle._undo.append(param.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
         (handle.linear if param in replaced else handle.hooked).append(name)
     opt.in_backward = "early" if early else "exact"
@@ -170,9 +174,12 @@ def _fully_sharded(model: nn.Module) -> set[Tensor]:
     return {param for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
 
 
-def _project(opt: SubspaceOptimizer, index: int, name: str, early: bool, param: Tensor) -> None:
+def _project(opt: SubspaceOptimizer, name: str, early: bool, param: Tensor) -> None:
     if len(param._post_accumulate_grad_hooks) > 1:
         raise RuntimeError(f"{name} has a second post-accumulate hook, which would find no gradient; remove it")
+    index = opt.index_of(param)
+    if index is None:
+        return
     if early and param.grad is not None and opt.low_plan(index, param) is None:
         opt.renew_early(index, param)
     opt.project_gradients([(index, param)])
@@ -243,11 +250,27 @@ def _parts(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield part
 
 
+class _ZeroGrad:
+    """`zero_grad` of the model, which loops call in the place of the optimizer's: R is forgotten along with p.grad."""
+
+    def __init__(self, module: nn.Module, opt: SubspaceOptimizer) -> None:
+        self.module, self.opt = module, opt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As of `_Linear`."""
+        return getattr, (self.module, "zero_grad")
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        type(self.module).zero_grad(self.module, set_to_none)
+        for param in self.module.parameters():
+            self.opt.lows.pop(param, None)
+
+
 class _Linear:
     """The forward of one linear layer: as it was, but for what autograd keeps and makes of the weight."""
 
-    def __init__(self, module: nn.Linear, opt: SubspaceOptimizer, index: int) -> None:
-        self.module, self.opt, self.index = module, opt, index
+    def __init__(self, module: nn.Linear, opt: SubspaceOptimizer) -> None:
+        self.module, self.opt = module, opt
         self.weight = module.weight
         self._run = torch.compiler.disable(self._projected)  # type: ignore[no-untyped-call]
 
@@ -261,7 +284,8 @@ class _Linear:
     def _projected(self, x: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
         served = weight is self.weight and weight.requires_grad and weight.grad is None and torch.is_grad_enabled()
-        plan = self.opt.low_plan(self.index, weight) if served else None
+        index = self.opt.index_of(weight) if served else None
+        plan = None if index is None else self.opt.low_plan(index, weight)
         if plan is None:
             return dense_linear(x, weight, bias)
         # Autocast would keep its copy of the weight, made without a graph, for whoever else uses the weight.

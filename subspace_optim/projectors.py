@@ -57,6 +57,11 @@ class Projector:
         """Whether QᵀQ = I, so that project(back(R)) = R."""
         return True
 
+    @property
+    def keeps(self) -> str:
+        """What its state says: a checkpoint of a projector that reads the same keys otherwise is refused."""
+        return type(self).__name__
+
     def init(self, plan: Plan, seed: int) -> State:
         """State of one tensor, from shapes alone: zero bases, which project everything to zero."""
         bases = {
@@ -239,6 +244,11 @@ class RandomProjection(Projector):
     def orthonormal(self) -> bool:
         """Not of Gaussian or Rademacher entries."""
         return self.kind == "orthonormal"
+
+    @property
+    def keeps(self) -> str:
+        """Seeds, of bases of its kind."""
+        return f"RandomProjection(kind={self.kind!r})"
 
     def init(self, plan: Plan, seed: int) -> State:
         """The seed, in force from the start: step k redraws when k is a multiple of the gap."""

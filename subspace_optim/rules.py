@@ -49,6 +49,11 @@ class Rule:
         """Whether step_ leaves parameters to its kernel alone, which may know what rounding has taken from them."""
         return True
 
+    @property
+    def keeps(self) -> str:
+        """What the numbers of its state are: a checkpoint of a rule that keeps others is refused."""
+        return type(self).__name__
+
     def init(self, plan: Plan) -> State:
         """Zero state for one tensor."""
         return {"step": _zeros(plan, ()), "exp_avg": _zeros(plan, plan.low_shape)}
@@ -108,6 +113,11 @@ class Adam(Rule):
 
     takes_codes: ClassVar[bool] = True
     skips: ClassVar[bool] = True
+
+    @property
+    def keeps(self) -> str:
+        """The same under whatever is made of it."""
+        return "Adam"
 
     def init(self, plan: Plan) -> State:
         """Both moments in the low-rank shape."""
@@ -228,6 +238,11 @@ class Adafactor(Rule):
     def compensates(self) -> bool:
         """Likewise."""
         return not self.lr_inside
+
+    @property
+    def keeps(self) -> str:
+        """Steps, or updates that have yet to be multiplied by lr."""
+        return f"Adafactor(lr_inside={self.lr_inside})"
 
     def init(self, plan: Plan) -> State:
         """Row and column means of the squared gradient; the whole square of a vector."""

@@ -6,10 +6,10 @@ All of the engine but the step: tensors that cannot be stepped are refused, stat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .projectors import UNSET, Projector
 from .rules import Rule
 from .types import Plan, State, make_plan, scalar, stack_states, state_axes, unstack_state
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly whatever their number
 
 _Layout = dict[str, tuple[tuple[int, ...] | None, torch.dtype | None]]  # of state tensors; an int has neither
@@ -72,6 +74,20 @@ class _Match:
     axes: dict[str, tuple[Axes, tuple[int, ...]]]
 
 
+def in_no_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """Make the work of an optimizer the same in whatever modes the caller is.
+
+    Autocast would round the products that bases come from; inference mode makes state that no later step may write.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return run
+
+
 class StatefulOptimizer(Optimizer):
     """The groups and the state of a `SubspaceOptimizer`, which adds the step.
 
@@ -111,7 +127,7 @@ class StatefulOptimizer(Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"{where} must be a dict with the key 'params', and is a {type(param_group).__name__}")
         group = canonical(param_group, where)
-        self._check_group(group, f"group {len(self.param_groups)}")
+        self._check_group({**self.defaults, **group}, f"group {len(self.param_groups)}")
         params = group["params"]
         if not isinstance(params, set):  # which torch refuses
             group["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -123,8 +139,8 @@ class StatefulOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any], which: str) -> None:
         where = f"{type(self).__name__}: {which}"
-        check({**self.defaults, **group}, where)
-        if group.get("rank") is not None and self.projector is None:
+        check(group, where)
+        if group["rank"] is not None and self.projector is None:
             raise ValueError(f"{where}: rank={group['rank']!r} needs a projector, and this optimizer has none")
 
     @staticmethod
@@ -140,7 +156,13 @@ class StatefulOptimizer(Optimizer):
             raise ValueError(f"{name} is {taken[id(param)]} as well; a tensor may appear once")
         taken[id(param)] = name
         if param.dtype not in DTYPES and param.requires_grad:  # quantised weights are frozen
-            raise TypeError(f"{name} is {param.dtype}; optimizable are {', '.join(map(str, DTYPES))}")
+            raise not_optimizable(f"{name} is", param.dtype)
+        if param.layout != torch.strided and param.requires_grad:
+            raise TypeError(f"{name} is {param.layout}; optimizable are dense tensors")
+        if param.requires_grad and any(
+            n > 1 and not stride for n, stride in zip(param.shape, param.stride(), strict=True)
+        ):
+            raise ValueError(f"{name} is expanded, so that its elements share memory; give clone() of it")
         try:
             distributed.Layout.of(param)
         except ValueError as error:
@@ -166,6 +188,10 @@ class StatefulOptimizer(Optimizer):
         if seat is not None and seat.fits(param, self._makings(param, self._options(group))):
             return seat.plan
         return plan_for(param, group)
+
+    def index_of(self, param: Tensor) -> int | None:
+        """The index of the group that a tensor is in by now; None where it is in none."""
+        return next((index for _, index, _, own in self._positions() if own is param), None)
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a tensor of this optimizer."""
@@ -235,6 +261,7 @@ class StatefulOptimizer(Optimizer):
             member["age"] += self._offset(position + j, group)
         return member
 
+    @in_no_mode
     def allocate_state(self) -> None:
         """Create the state of every parameter now instead of at its first step, so that its memory is taken."""
         for position, index, _, param in self._positions():
@@ -269,16 +296,27 @@ class StatefulOptimizer(Optimizer):
                 position += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; once there is state, every parameter that requires a gradient has some.
+        """As torch's, with the `method` by which the state is to be read: a load compares it.
 
-        torch.distributed.checkpoint reads into a fresh optimizer, for which it makes all state: what a checkpoint left
-        out, because a parameter has not had a gradient yet, it would miss.
+        Once there is state, every parameter that requires a gradient has some: torch.distributed.checkpoint reads into
+        a fresh optimizer, for which it makes all state, and would miss what a checkpoint left out because a parameter
+        has not had a gradient yet. Its helpers (get_optimizer_state_dict) leave the method out. What has left the
+        groups is kept here, and not saved.
         """
         if self.state:
             self.allocate_state()
-        saved = super().state_dict()
+        strays = {param: self.state.pop(param) for param in self.state.keys() - {p for *_, p in self._positions()}}
+        try:
+            saved = super().state_dict()  # which knows no number for them
+        finally:
+            self.state.update(strays)
         groups = [{key: plain(value) for key, value in group.items()} for group in saved["param_groups"]]
-        return {**saved, "param_groups": groups}  # schedulers write what their functions return
+        return {**saved, "param_groups": groups, "method": self._method()}  # schedulers write what functions return
+
+    def _method(self) -> dict[str, str]:
+        """What may read state of the same keys and shapes in another way."""
+        parts = {"projector": self.projector, "rule": self.rule, "dense_rule": self.dense_rule}
+        return {name: part.keeps for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, as torch does, but keep the dtypes it was saved in and share no memory with it.
@@ -286,8 +324,8 @@ class StatefulOptimizer(Optimizer):
         Whole tensors go into sharded parameters, and sharded ones into whole parameters: every rank has to call it.
 
         Raises:
-            ValueError: the state is of another optimizer, rank or model, or of no parameter; or its parameters, by
-                their names, come in another order; or an option of a group is out of range. Nothing has been changed
+            ValueError: the state is of another optimizer, rule, rank or model, or of no parameter; or its parameters,
+                by their names, come in another order; or an option of a group is out of range. Nothing has been changed
                 then.
         """
         states: dict[Tensor, State] = {}
@@ -295,11 +333,12 @@ class StatefulOptimizer(Optimizer):
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             self._check_keys(incoming)
             for index, group in enumerate(incoming["param_groups"]):
-                self._check_group(group, f"group {index} of the checkpoint")
+                self._check_group({**self.defaults, **group}, f"group {index} of the checkpoint")
             matches = list(self._matched(incoming))
             self._check_order(incoming["param_groups"])
             for match in matches:
                 self._check_loaded(match)
+                self._check_method(match, incoming.get("method", {}))
             states.update((match.param, self._adopted(match)) for match in matches)
             return {**incoming, "state": {}}  # torch would cast it to the dtype of the parameters
 
@@ -379,8 +418,21 @@ class StatefulOptimizer(Optimizer):
                     f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
                     f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
                 )
+            if shape is not None and not distributed.local(match.saved[key]).isfinite().all():
+                raise ValueError(f"{match.name}: the checkpoint's {key} is not finite; take an earlier checkpoint")
+
+    def _check_method(self, match: _Match, saved: dict[str, str]) -> None:
+        """Refuse state that would be read otherwise than it was written; older checkpoints do not tell."""
+        own = self._method()
+        for part in ("dense_rule",) if match.plan.side is None else ("projector", "rule"):
+            if saved.get(part, own[part]) != own[part]:
+                raise ValueError(
+                    f"{match.name}: the checkpoint is of the {part} {saved[part]}, whose state {own[part]} would "
+                    f"misread; load it into an optimizer with that {part}"
+                )
 
     @classmethod
+    @in_no_mode
     def _adopted(cls, match: _Match) -> State:
         """The state in question in its own dtypes, where and as this parameter's is kept; it shares no memory."""
         return {
@@ -466,6 +518,11 @@ def name_in(group: dict[str, Any], i: int) -> str:
     if i < len(group.get("param_names", ())):  # a list of parameters may be added to, as lists may
         return str(group["param_names"][i])
     return f"parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def not_optimizable(what: str, dtype: torch.dtype) -> TypeError:
+    """What is raised for a tensor of another type than those that can be stepped."""
+    return TypeError(f"{what} {dtype}; optimizable are {', '.join(map(str, DTYPES))}")
 
 
 def not_dense(name: str, grad: Tensor) -> TypeError:

@@ -359,6 +359,16 @@ def test_a_tensor_without_a_moment_waits_for_its_first_gradient():
             r"parameter 0 of shape \(12, 7\) has moments of shape \(3, 3\) in the checkpoint, and \(12, 7\) here",
         ),
         (
+            {"state": {0: {"exp_avg": torch.full((12, 7), torch.nan), "exp_avg_sq": torch.ones(12, 7), "step": 1}}},
+            {},
+            r"parameter 0 of shape \(12, 7\) has a moment in the checkpoint that is not finite",
+        ),
+        (
+            {"state": {0: {"exp_avg": torch.ones(12, 7), "exp_avg_sq": -torch.ones(12, 7), "step": 1}}},
+            {},
+            "negative sq",
+        ),
+        (
             {"state": {0: {"state1": torch.ones(12, 7).byte(), "state2": torch.ones(12, 7).byte(), "step": 1}}},
             {},
             "8-bit moments without blocks of 256 or 2048",
@@ -408,6 +418,21 @@ def test_what_does_not_fit_changes_nothing(change, options, match):
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][i][key]))
     assert all(torch.equal(param, weights[i]) for i, param in enumerate(params))
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    opt = so.GaLore(matrices((12, 7)))
+    file = tmp_path / "optimizer.pt"
+    torch.save(opt.state_dict(), file)
+    for content in (b"", b"hello", file.read_bytes()[:300]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"optimizer\.pt is no file of torch.save, or a part of one"):
+            so.import_checkpoint(opt, file)
+    torch.save(torch.zeros(3), file)
+    with pytest.raises(ValueError, match="has 'state' and 'param_groups', and this is <class 'torch"):
+        so.import_checkpoint(opt, file)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        so.import_checkpoint(opt, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["flora", "gradnormlorp"])

@@ -312,8 +312,9 @@ def test_two_micro_batches_are_one_step(linear):
     assert_same(weights(model), before)
 
 
+@pytest.mark.parametrize("whose", ["model", "optimizer"])
 @by_mode
-def test_zero_grad_forgets(linear):
+def test_zero_grad_forgets(linear, whose):
     model, twin = mlp(), mlp()
     for parts in (model, twin):
         opt = galore(parts)
@@ -322,8 +323,8 @@ def test_zero_grad_forgets(linear):
         if parts is model:
             backward(parts, 50)
             assert opt.lows
-            opt.zero_grad()
-            assert not opt.lows
+            (opt if whose == "optimizer" else model).zero_grad()
+            assert not opt.lows and all(param.grad is None for param in model.parameters())
         backward(parts, 60)
         opt.step()
     assert_same(weights(model), weights(twin))
@@ -459,6 +460,35 @@ def test_the_handle_leaves_everything_as_it_was():
     handle.remove()
 
 
+@by_mode
+def test_groups_may_be_removed_and_reordered(linear):
+    """Each tensor is served as the group says that it is in by now; what is in none keeps its gradient."""
+    ends = []
+    for served in (False, True):
+        model = mlp()
+        first, middle, last = (model[i].weight for i in (0, 2, 4))
+        changes = ({}, {"rank": 3}, {"lr": 0.02})
+        shared = {"rank": 2, "update_proj_gap": 7}
+        opt = so.GaLore(
+            [{"params": [weight], **shared, **own} for weight, own in zip((last, first, middle), changes)],
+            lr=0.01,
+            stagger=False,
+        )
+        if served:
+            so.project_in_backward(model, opt, linear=linear)
+        settle(model, opt, 3)
+        opt.param_groups.pop(0)
+        opt.param_groups.reverse()
+        model.zero_grad()
+        backward(model, 3)
+        assert [weight.grad is None for weight in (first, middle, last)] == [served, served, False]
+        opt.step()
+        ends.append(weights(model))
+    plain, projected = ends
+    for name, weight in plain.items():
+        torch.testing.assert_close(projected[name], weight)
+
+
 def test_copies_are_plain():
     """A deep copy (an average of weights) or a pickled model has a forward of its own, and no optimizer in it."""
     model = mlp()
@@ -473,6 +503,8 @@ def test_copies_are_plain():
             backward(twin, 0)
             assert all(param.grad is not None for param in twin.parameters())
             assert not opt.lows
+            twin.zero_grad()
+            assert all(param.grad is None for param in twin.parameters())
             with torch.no_grad():
                 twin[0].weight.add_(1)
             assert torch.equal(model[0].weight, before)

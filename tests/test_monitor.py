@@ -198,7 +198,7 @@ def test_a_group_added_later_is_seen_too():
     assert figures(opt)["late"].step == 1 and figures(opt)["tall"].step == 1
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.5, "10"])
+@pytest.mark.parametrize("every", [0, -1, 2.5, "10", True])
 def test_a_bad_interval_is_refused(every):
     opt = build(method("galore"), net())
     with pytest.raises(ValueError, match=r"GaLore\.watch: every=.* must be a whole number of at least 1"):

@@ -3,6 +3,7 @@
 import copy
 import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -505,7 +506,16 @@ def test_every_side_of_every_shape(cls, shape, proj_type):
 # Nothing by halves
 
 
-@pytest.mark.parametrize(("fault", "fresh"), [("sparse", True), ("sparse", False), ("rank", False)])
+FAULTS = {
+    "sparse": (TypeError, "experts has a torch.sparse_coo gradient; use a dense one"),
+    "complex": (TypeError, "experts has a gradient of torch.complex64; optimizable are"),
+    "rank": (ValueError, r"experts has exp_avg of shape .*rank=1"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "fresh"), [(f, fresh) for f in FAULTS for fresh in (True, False) if (f, fresh) != ("rank", True)]
+)
 @by_name
 def test_a_refused_step_changes_nothing(cls, fault, fresh):
     """What is wrong is in the last group; the first one must not have moved."""
@@ -513,12 +523,15 @@ def test_a_refused_step_changes_nothing(cls, fault, fresh):
     opt = cls(groups(params), lr=0.1, rank=RANK)
     train(params, opt, range(0 if fresh else 2))
     set_gradients(params, 2)
+    wrong = params["experts"]
     if fault == "sparse":
-        params["experts"].grad = params["experts"].grad.to_sparse()
-        error, message = TypeError, "experts has a torch.sparse_coo gradient; use a dense one"
+        wrong.grad = wrong.grad.to_sparse()
+    elif fault == "complex":
+        wrong.grad, wrong.grad_dtype = None, torch.complex64
+        wrong.grad = torch.ones_like(wrong, dtype=torch.complex64)
     else:
         opt.param_groups[-1]["rank"] = 1
-        error, message = ValueError, r"experts has exp_avg of shape .*rank=1"
+    error, message = FAULTS[fault]
     weights = snapshot(params)
     state = {param: {k: torch.as_tensor(v).clone() for k, v in kept.items()} for param, kept in opt.state.items()}
     with pytest.raises(error, match=message):
@@ -552,6 +565,18 @@ def test_an_option_that_went_wrong_on_the_way_is_refused_before_anything_changes
     opt.param_groups[-1][key] = right
     train(params, opt, range(1, 2))
     assert all((state["step"] == 2).all() for state in opt.state.values())
+
+
+@pytest.mark.parametrize("key", ["lr", "scale", "rank"])
+def test_an_option_that_is_gone_is_missed_before_anything_changes(key):
+    """The constructor's value in its place might be another one than the run has had."""
+    params = net(names=("tall", "vector", "experts"))
+    opt = so.GaLore(groups(params), lr=0.1, rank=RANK)
+    weights = snapshot(params)
+    del opt.param_groups[-1][key]
+    with pytest.raises(ValueError, match=f"GaLore: group 1 has no {key} any more; .* set it again"):
+        train(params, opt, range(1))
+    assert_same(snapshot(params), weights)
 
 
 def test_a_schedule_that_ends_a_rounding_below_zero_goes_on():
@@ -767,6 +792,32 @@ def test_the_default_dtype_does_not_matter(cls, dtype):
             train(params, opt, range(2))
         finally:
             torch.set_default_dtype(torch.float32)
+        ends.append(snapshot(params))
+    assert_same(*ends)
+
+
+MODES = {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "inference_mode": torch.inference_mode}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@by_name
+def test_the_mode_of_the_caller_does_not_matter(cls, backend, mode):
+    """A loop that lies in autocast as a whole; state that is made, or loaded, in inference mode."""
+    ends = []
+    for inside in (nullcontext, mode):
+        params = net(names=("tall", "vector", "experts"))
+        opt = cls(groups(params), lr=0.1, rank=RANK, backend=backend)
+        for step in range(2):
+            set_gradients(params, step)
+            with inside():
+                opt.clip_grad_norm_(1.0)
+                opt.step()
+            opt.zero_grad()
+        twin = cls(groups(params), lr=0.1, rank=RANK, backend=backend)
+        with inside():
+            twin.load_state_dict(opt.state_dict())
+        train(params, twin, range(2, 4))
         ends.append(snapshot(params))
     assert_same(*ends)
 

@@ -318,6 +318,7 @@ EDITS = {
     "missing": lambda state: state[3].pop("exp_avg_sq"),
     "not_a_tensor": lambda state: state[0].update(exp_avg="zeros"),
     "not_an_int": lambda state: state[0].update(age="old"),
+    "not_finite": lambda state: state[5]["exp_avg"][1, 0, 0].fill_(torch.nan),
 }
 WRONG = {
     "other_shape": (other_shape, "tall: .*exp_avg is a tensor of shape .10, 2., .*needs a tensor of shape .12, 2."),
@@ -328,6 +329,7 @@ WRONG = {
     "not_a_tensor": (edited(EDITS["not_a_tensor"]), "conv: .*exp_avg is of type str, .*needs a tensor"),
     "whole_file": (whole_file, "a dict of 'state' and 'param_groups'; this holds model, optimizer"),
     "of_json": (of_json, "has state under '0', which is in none of its groups' params; .*make ints of them again"),
+    "not_finite": (edited(EDITS["not_finite"]), "experts: the checkpoint's exp_avg is not finite; take an earlier"),
     "not_an_int": (edited(EDITS["not_an_int"]), "conv: .*age is of type str, .*needs of type int"),
 }
 
@@ -349,12 +351,74 @@ def test_a_wrong_checkpoint_is_refused_before_anything_changes(name):
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][i][k])) for k, v in state.items())
 
 
+ALIKE = {  # in keys and shapes
+    "rule": (so.Lion(), so.Momentum(), "the rule Lion, whose state Momentum would misread"),
+    "lr_inside": (so.Adafactor(), so.Adafactor(lr_inside=True), "lr_inside=False.*lr_inside=True"),
+    "dense": (so.Adam(), so.Adafactor(), "vector: the checkpoint is of the dense_rule Adam,.* Adafactor"),
+    "kind": (so.RandomProjection(2), so.RandomProjection(2, kind="gaussian"), "kind='orthonormal'.*kind='gaussian'"),
+    "draws": (
+        so.RandomProjection(2, kind="gaussian"),
+        so.Flora(net().parameters(), rank=2, compat="official").projector,
+        "the projector RandomProjection.kind='gaussian'., whose .*torch's generator would misread",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ALIKE)
+def test_state_that_would_be_misread_is_refused(part):
+    """And taken where an older checkpoint does not tell."""
+    theirs, ours, message = ALIKE[part]
+    option = {"dense": "dense_rule", "kind": "projector", "draws": "projector"}.get(part, "rule")
+    params = net(names=("vector",) if part == "dense" else ("tall", "vector"))
+    opts = [
+        so.SubspaceOptimizer(groups(params), **{"projector": so.SVD(rank=2), option: own}) for own in (theirs, ours)
+    ]
+    for opt in opts:
+        train(params, opt, range(2))
+    saved, before = opts[0].state_dict(), copy.deepcopy(opts[1].state_dict())
+    with pytest.raises(ValueError, match=message):
+        opts[1].load_state_dict(saved)
+    for number, state in opts[1].state_dict()["state"].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(before["state"][number][k])) for k, v in state.items()
+        )
+    del saved["method"]
+    opts[1].load_state_dict(saved)
+
+
+def test_what_changes_no_meaning_loads():
+    """A dense run does not read its rule, nor a new basis the one that was iterated otherwise."""
+    params = net()
+    opt = so.GaLore(groups(params), rank=RANK, rule=so.Adam())
+    train(params, opt, range(1))
+    so.GaLore(groups(net()), rank=RANK, compat="official").load_state_dict(opt.state_dict())
+    opt = so.SubspaceOptimizer(groups(params), rule=so.Lion())
+    train(params, opt, range(1))
+    so.SubspaceOptimizer(groups(net()), rule=so.Momentum()).load_state_dict(opt.state_dict())
+
+
 def test_a_checkpoint_with_other_groups_is_refused_in_torchs_words():
     params = net()
     opt = galore(params)
     lesser = galore(net(names=("tall", "wide", "experts")))
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         opt.load_state_dict(lesser.state_dict())
+
+
+def test_a_run_that_has_removed_a_group_can_be_saved():
+    """The state of what has left stays with the optimizer, should it come back."""
+    params = net(names=("tall", "vector", "experts"))
+    opt = galore(params)
+    train(params, opt, range(2))
+    removed = opt.param_groups.pop()
+    before = {key: torch.as_tensor(value).clone() for key, value in opt.state[params["experts"]].items()}
+    saved = opt.state_dict()
+    assert list(saved["state"]) == [0, 1]
+    fresh = galore(net(names=("tall", "vector")))
+    fresh.load_state_dict(saved)
+    opt.add_param_group(removed)
+    assert all(torch.equal(torch.as_tensor(opt.state[params["experts"]][key]), value) for key, value in before.items())
+    assert list(opt.state_dict()["state"]) == [0, 1, 2]
 
 
 def test_groups_come_from_the_checkpoint():

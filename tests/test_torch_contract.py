@@ -431,7 +431,7 @@ def test_two_names_of_one_option_are_refused():
 
 
 BAD_VALUES = {
-    "lr": [-1.0, float("nan"), float("inf"), "fast", None, torch.ones(2)],
+    "lr": [-1.0, float("nan"), float("inf"), "fast", None, torch.ones(2), torch.tensor(1j)],
     "betas": [(0.9,), (0.9, 1.0), (-0.1, 0.9), 0.9, "no"],
     "eps": [-1e-8, float("nan"), "tiny"],
     "weight_decay": [-0.1, float("inf"), "none"],
@@ -495,6 +495,16 @@ BAD_PARAMS = {
         "is torch.float8_e4m3fn; optimizable are torch.fl",
     ),
     "complex": (lambda: parameter_of(torch.complex64), TypeError, "is torch.complex64; optimizable are torch.float32"),
+    "sparse": (
+        lambda: torch.zeros(3, 4).to_sparse().requires_grad_(),
+        TypeError,
+        "is torch.sparse_coo; .* dense tensors",
+    ),
+    "expanded": (
+        lambda: torch.zeros(1, 4).expand(3, 4).requires_grad_(),
+        ValueError,
+        "is expanded, so that its elements share memory; give clone.. of it",
+    ),
     "lazy": (lambda: torch.nn.LazyLinear(4).weight, ValueError, "has no shape yet; run its lazy module once before"),
     "non_leaf": (lambda: weight() * 2, ValueError, "is a non-leaf Tensor.*give the parameter itself"),
     "not_a_tensor": (lambda: "weights", TypeError, "is a str; give tensors"),

@@ -222,8 +222,11 @@ def test_replays_are_counted_until_a_basis_is_due(stagger):
     opt.replayed(left)
     assert ages(opt) == ages(twin) != before
     assert opt.ordinary_steps == 0
-    with pytest.raises(ValueError, match=r"replayed: steps=1 must be at least 0 and at most ordinary_steps, 0"):
-        opt.replayed()
+    for steps in (1, -1, 0.0, None):
+        with pytest.raises(
+            ValueError, match=rf"replayed: steps={steps} must be an int of .* at most ordinary_steps, 0"
+        ):
+            opt.replayed(steps)
     stepped(opt, params, 1)
     assert opt.ordinary_steps > 0
 

@@ -20,6 +20,7 @@ from ..engine import SubspaceOptimizer
 from ..kernels.reference import back
 from ..kernels.select import resolve
 from ..rules import flat
+from ..state import in_no_mode
 from ..storage import Codec
 from ..types import Bases, Plan
 
@@ -77,9 +78,9 @@ class ProjectedState:
         self.opt, self.bits, self.error_feedback, self.group = opt, bits, error_feedback, group
         self.bytes_sent = self.bytes_whole = 0
         self._errors: dict[Tensor, list[Tensor]] = {}
-        self._index = {param: i for i, g in enumerate(opt.param_groups) for param in g["params"]}
+        self._params = [param for group in opt.param_groups for param in group["params"]]
 
-    @torch.no_grad()
+    @in_no_mode
     def average(self, gradients: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[dist.Work], Callable[[], None]]:
         """Begin to average gradients over the ranks, in place; of a projected one is left what projects to the mean R.
 
@@ -93,14 +94,15 @@ class ProjectedState:
         members: list[_Member] = []
         for param, grad in gradients:
             self.bytes_whole += grad.nbytes
-            plan = self.opt.low_plan(self._index[param], param) if param in self._index else None
+            index = self.opt.index_of(param)
+            plan = None if index is None else self.opt.low_plan(index, param)
             if plan is not None and plan.members and _smaller(plan):
                 bases, kernel = self.opt.bases(plan, [param]), resolve(self.opt.backend, plan)
                 lows = kernel.project(plan.matrices(grad), flat(bases), plan.side, plan.state_dtype)
                 members.append(_Member(param, grad, plan, bases, lows))
                 continue
-            if param in self._errors:  # seen in the basis that the coming step renews
-                plan = self.opt.plan_of(self._index[param], param)
+            if index is not None and param in self._errors:  # seen in the basis that the coming step renews
+                plan = self.opt.plan_of(index, param)
                 bases = self.opt.bases(plan, [param])
                 grad.add_(self._seen(_Member(param, grad, plan, bases, self._errors.pop(param))))
             whole.append(grad)
@@ -116,7 +118,7 @@ class ProjectedState:
             works.append(dist.all_gather(received, sent[-1], group=self.group, async_op=True))
         self.bytes_sent += sum(message.nbytes for message in sent)
 
-        @torch.no_grad()
+        @in_no_mode
         def finish() -> None:
             if whole:
                 torch._foreach_copy_(whole, _parts(sums[0], whole))
@@ -132,7 +134,7 @@ class ProjectedState:
 
         Every rank has its own, to be saved and loaded beside the optimizer's state.
         """
-        return {"errors": {i: list(self._errors[p]) for i, p in enumerate(self._index) if p in self._errors}}
+        return {"errors": {i: list(self._errors[p]) for i, p in enumerate(self._params) if p in self._errors}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the error feedback that a rank has saved; nothing is shared with it.
@@ -146,10 +148,11 @@ class ProjectedState:
         Raises:
             ValueError: it is of another optimizer or another shard. Nothing has been changed then.
         """
-        params, errors = list(self._index), {}
+        errors = {}
         for i, lows in state_dict["errors"].items():
-            param = params[i] if i < len(params) else None
-            plan = None if param is None else self.opt.plan_of(self._index[param], param)
+            param = self._params[i] if i < len(self._params) else None
+            index = None if param is None else self.opt.index_of(param)
+            plan = None if param is None or index is None else self.opt.plan_of(index, param)
             found = [tuple(low.shape) for low in lows]
             if param is None or plan is None or found != [plan.low_shape] * len(plan.members):
                 what = "this optimizer does not have" if param is None else f"is {self.opt.name_of(param)} here"

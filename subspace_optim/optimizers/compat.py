@@ -32,6 +32,11 @@ class TorchStream(RandomProjection):
     Both draw on the parameter's device, so that CPU and CUDA differ.
     """
 
+    @property
+    def keeps(self) -> str:
+        """Seeds, of another generator."""
+        return f"{super().keeps} of torch's generator"
+
     def next_seed(self, seed: int) -> int:
         """The seed of the next basis."""
         return int(integers(seed, 15)[-1])
