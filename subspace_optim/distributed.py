@@ -449,6 +449,21 @@ class Sharded:
         self.transform_(updates, lows, transform)
         return updates
 
+    def linear_update_(
+        self,
+        lows: list[Tensor],
+        exp_avgs: list[Tensor],
+        steps: list[Tensor],
+        look: tuple[float, float],
+        keep: tuple[float, float],
+        transform: str = "none",
+        finite: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As the reference."""
+        updates = self._kernel.linear_update_(lows, exp_avgs, steps, look, keep, "none", finite)
+        self.transform_(updates, lows, transform)
+        return updates
+
     @contextmanager
     def _rounded(
         self, params: list[Tensor], steps: list[Tensor], seeds: Sequence[int]

@@ -70,8 +70,8 @@ class Rule:
         self.apply_(bucket, updates, hyper, kernel)
 
     def project(self, bucket: Bucket, kernel: Kernel) -> list[Tensor]:
-        """R of every member; G itself may come back where nothing is to be projected."""
-        if bucket.projected:
+        """R of every member; where nothing is to be projected, the gradients as they are."""
+        if bucket.projected or bucket.plan.side is None:
             return bucket.grads
         return kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
 
@@ -156,13 +156,9 @@ class Lion(Rule):
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """The interpolated moment; its sign is taken by apply_."""
-        moments = bucket.slot("exp_avg")
-        _count_(bucket)
-        fresh = list(map(chosen, bucket.flags, lows, moments))  # the average of a moment with itself is itself
-        updates = list(torch._foreach_lerp(moments, fresh, 1 - hyper.betas[0]))
-        torch._foreach_lerp_(moments, fresh, 1 - hyper.betas[1])
-        kernel.transform_(updates, lows, hyper.transform)
-        return updates
+        look, keep = ((beta, 1 - beta) for beta in hyper.betas)
+        moments = (bucket.slot("exp_avg"), bucket.slot("step"))
+        return kernel.linear_update_(lows, *moments, look, keep, hyper.transform, bucket.finite)
 
     def scale(self, hyper: Hyper) -> float:
         """The step is ±lr whatever α is."""
@@ -182,16 +178,10 @@ class Momentum(Rule):
     skips: ClassVar[bool] = True
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
-        """N = M."""
-        moments, beta = bucket.slot("exp_avg"), hyper.betas[0]
-        _count_(bucket)
-        updates = list(torch._foreach_mul(moments, beta))
-        torch._foreach_add_(updates, lows)
-        torch._foreach_copy_(moments, list(map(chosen, bucket.flags, updates, moments)))
-        if self.nesterov:
-            updates = list(torch._foreach_add(lows, moments, alpha=beta))
-        kernel.transform_(updates, lows, hyper.transform)
-        return updates
+        """N = M after it has advanced; to look ahead is R + β(βM + R)."""
+        beta, moments = hyper.betas[0], (bucket.slot("exp_avg"), bucket.slot("step"))
+        look = (beta * beta, 1 + beta) if self.nesterov else (beta, 1.0)
+        return kernel.linear_update_(lows, *moments, look, (beta, 1.0), hyper.transform, bucket.finite)
 
 
 @dataclass(frozen=True)
@@ -269,7 +259,7 @@ class Adafactor(Rule):
         _count_(bucket)
         plan, moments, updates = bucket.plan, bucket.slot("exp_avg"), []
         for i, (state, low, finite) in enumerate(zip(bucket.states, lows, bucket.flags, strict=True)):
-            update = self._normalised_(plan, plan.low_axes, state, low, finite)
+            update = self._normalised_(plan, plan.low_axes, state, low.to(plan.state_dtype), finite)
             self._clip_(plan, update)
             if rates is not None:
                 update.mul_(rates.expand(len(bucket))[i])

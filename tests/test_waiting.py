@@ -136,7 +136,8 @@ OPTIMIZERS = {
         params, so.RandomProjection(8, kind="gaussian"), **options
     ),
 }
-FEW = ("adamw", "adamw_8bit", "galore", "galore_full", "gradnormlorp", "osd", "osd_full")  # of torch's operations, too
+FEW = ("adamw", "adamw_8bit", "galore", "galore_full", "galore_lion", "galore_momentum", "gradnormlorp")
+FEW += ("lion", "osd", "osd_full", "osd_lion")  # of torch's operations, too
 WHOLE = ("gradnormlorp", "flora", "apollo", "osd", "adamw", "lion", "adafactor")  # which need more of a gradient than R
 
 
