@@ -258,7 +258,7 @@ def _deals(window: Window, side: Side | None) -> bool:
 
 def _operands(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """As the products take them: contiguous, in the type of the gradient."""
-    if tensors[0].dtype == dtype and all(tensor.is_contiguous() for tensor in tensors):
+    if all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors):
         return tensors
     shape = (len(tensors), *tensors[0].shape)
     rounded = torch.empty(shape, dtype=dtype, device=tensors[0].device).unbind()
@@ -613,7 +613,7 @@ def weight_norm_adam_(
     W, and what is not contiguous, are copied. `coded` moments take the place of others.
     """
     kind, (m, n), device = params[0].dtype, params[0].shape, params[0].device
-    grads = [grad.to(kind).contiguous() for grad in grads]
+    grads = list(_operands(grads, kind))
     torch.autograd.graph.increment_version(params)
     advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
     undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
@@ -691,7 +691,7 @@ def compressed_adafactor_(
     contiguous, are copied.
     """
     count, kind = len(params), params[0].dtype
-    grads = [grad.to(kind).contiguous() for grad in grads]
+    grads = list(_operands(grads, kind))
     torch.autograd.graph.increment_version(params)
     scalars = _prepared(steps, lr, weight_decay, scale, (0.0, 0.0), finite=finite)
     each = len(scalars) // count
