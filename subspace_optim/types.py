@@ -247,11 +247,6 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
     return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
 
 
-def chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """The new tensor, or the old one where that is to stay as it is."""
-    return new if finite is None else torch.where(finite, new, old)
-
-
 def choose_(finite: Tensor | None, new: list[Tensor], old: list[Tensor]) -> None:
     """Copy new tensors, all of a shape, into those old ones that are not to stay as they are: in few launches."""
     if finite is not None:
@@ -332,11 +327,6 @@ class Bucket:
         if self.plan.compensated and self.params[0].dtype == self.plan.dtype:
             return self.slot("compensation")
         return self.streams if self.rounding else []
-
-    @property
-    def flags(self) -> list[Tensor | None]:
-        """Of every member, whether it is stepped, on the device; None: it is."""
-        return [None] * len(self) if self.finite is None else list(self.finite.unbind())
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

@@ -144,7 +144,6 @@ OPTIMIZERS = {
         params, so.RandomProjection(8, kind="gaussian"), **options
     ),
 }
-MANY = ("adafactor", "galore_adafactor", "osd_adafactor", "flora_relative_cautious")  # of torch's operations
 WHOLE = ("gradnormlorp", "flora", "apollo", "osd", "adamw", "lion", "adafactor")  # which need more of a gradient than R
 
 
@@ -179,8 +178,7 @@ def test_launches_do_not_grow_with_the_bucket(name, layerwise, launches):
                     opt.project_gradients([(0, param) for param in params])
                 opt.step()
             counts.append((len(launches), ops.count))
-    assert counts[0][0] == counts[1][0] > 0
-    assert counts[0] == counts[1] or name in MANY
+    assert counts[0] == counts[1] and launches
 
 
 def test_steps_that_wait_are_found_out(launches):
