@@ -254,13 +254,13 @@ class Sharding:
         counted = [torch.stack((tensor.sum(), tensor.new_tensor(tensor.numel()))).double() for tensor in tensors]
         return [(total / count).to(tensors[0].dtype) for total, count in self.sum(counted)]
 
-    def rms(self, tensor: Tensor) -> Tensor:
-        """The root of the mean square of all elements."""
-        norm = torch.linalg.vector_norm(tensor)
+    def rms(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The roots of the mean squares of tensors of a shape, in `dtype`."""
+        norms, count = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=dtype))), tensors[0].numel()
         if not self.cuts():
-            return norm * max(tensor.numel(), 1) ** -0.5
-        total, count = self.sum([torch.stack((norm.square(), norm.new_tensor(tensor.numel()))).double()])[0]
-        return (total / count).sqrt_().to(norm.dtype)
+            return norms.mul_(max(count, 1) ** -0.5)
+        squares, counts = self.sum([torch.stack((norms.square(), torch.full_like(norms, count))).double()])[0]
+        return (squares / counts).sqrt_().to(dtype)
 
     def norm(self, tensor: Tensor, axes: Axes, dims: tuple[int, ...], keepdim: bool = False) -> Tensor:
         """The Euclidean norm along the dimensions `dims` of a tensor whose dimensions carry `axes`."""
@@ -446,6 +446,21 @@ class Sharded:
         """As the reference."""
         moments = (lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps)
         updates = self._kernel.adam_update_(*moments, "none", eps_inside, finite)
+        self.transform_(updates, lows, transform)
+        return updates
+
+    def linear_update_(
+        self,
+        lows: list[Tensor],
+        exp_avgs: list[Tensor],
+        steps: list[Tensor],
+        look: tuple[float, float],
+        keep: tuple[float, float],
+        transform: str = "none",
+        finite: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As the reference."""
+        updates = self._kernel.linear_update_(lows, exp_avgs, steps, look, keep, "none", finite)
         self.transform_(updates, lows, transform)
         return updates
 

@@ -182,7 +182,7 @@ class SVD(Projector):
         start = sharding.gather(torch.stack(olds), axes)
         _, d, r = start.shape
         if cold:
-            start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device)).to(start)
+            start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device, start.dtype))
         # Gᵀ G squares the scale of G, which may itself be far from 1.
         least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
         peaks = torch.stack([peak(g, start.dtype) for g in grads])
@@ -282,17 +282,19 @@ class RandomProjection(Projector):
     def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
         """The bases of every seed, the same on every device."""
         columns = [
-            self._draw([philox.mix(seed, 2 + i) for seed in seeds], shape, plan.device)
+            self._draw([philox.mix(seed, 2 + i) for seed in seeds], shape, plan.device, plan.state_dtype)
             for i, shape in enumerate(plan.basis_shapes)
         ]
-        return [tuple(q.to(plan.state_dtype) for q in bases) for bases in zip(*columns, strict=True)]
+        return list(zip(*columns, strict=True))
 
-    def _draw(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    def _draw(
+        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> list[Tensor]:
         if self.kind == "orthonormal":
-            return random_bases(seeds, shape, device)
+            return random_bases(seeds, shape, device, dtype)
         draw = philox.signs if self.kind == "rademacher" else philox.normal
         parts = (draw(at, shape, device).mul_(shape[-1] ** -0.5) for at in _parts(seeds, shape, device))
-        return [q for part in parts for q in part.unbind()]
+        return [q for part in parts for q in part.to(dtype).unbind()]
 
 
 @contextmanager
@@ -328,12 +330,14 @@ def exact_products() -> Iterator[None]:
         leave()  # for one that a Ctrl-C cut short
 
 
-def random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    """Orthonormal (d, r) in float64: random columns of the discrete cosine transform, its rows under random signs.
+def random_bases(
+    seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    """Orthonormal (d, r): random columns of the discrete cosine transform, its rows under random signs, in float64.
 
     Ten times cheaper than to orthonormalise Gaussian columns, and as good a sketch (arXiv 0909.4061, 4.6).
     """
-    return [q for at in _parts(seeds, shape, device) for q in _random_bases(at, shape, device).unbind()]
+    return [q for at in _parts(seeds, shape, device) for q in _random_bases(at, shape, device).to(dtype).unbind()]
 
 
 def _random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ A rule says what it stores (`init`), how the stored moments follow a change of b
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
@@ -17,9 +18,24 @@ from torch import Tensor
 
 from .distributed import Axes
 from .hyperparameters import demand, is_number
-from .types import Bases, Bucket, Change, Hyper, Plan, Side, State, change_of_basis, chosen, peak, scalar
+from .types import (
+    Bases,
+    Bucket,
+    Change,
+    Hyper,
+    Plan,
+    Side,
+    State,
+    change_of_basis,
+    choose_,
+    peak,
+    scalar,
+    spread,
+    stacked,
+)
 
 Kernel = Any  # a module with the functions of kernels/reference.py
+_AT_ONCE = 2**24  # elements that Adafactor normalises at once on a GPU
 _NORM_FLOOR = 1e-19  # √ of the smallest normal float32: a smaller norm is computed as zero
 
 
@@ -75,8 +91,8 @@ class Rule:
         self.apply_(bucket, updates, hyper, kernel)
 
     def project(self, bucket: Bucket, kernel: Kernel) -> list[Tensor]:
-        """R of every member; G itself may come back where nothing is to be projected."""
-        if bucket.projected:
+        """R of every member; where nothing is to be projected, the gradients as they are."""
+        if bucket.projected or bucket.plan.side is None:
             return bucket.grads
         return kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
 
@@ -166,13 +182,9 @@ class Lion(Rule):
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """The interpolated moment; its sign is taken by apply_."""
-        moments = bucket.slot("exp_avg")
-        _count_(bucket)
-        fresh = list(map(chosen, bucket.flags, lows, moments))  # the average of a moment with itself is itself
-        updates = list(torch._foreach_lerp(moments, fresh, 1 - hyper.betas[0]))
-        torch._foreach_lerp_(moments, fresh, 1 - hyper.betas[1])
-        kernel.transform_(updates, lows, hyper.transform)
-        return updates
+        look, keep = ((beta, 1 - beta) for beta in hyper.betas)
+        moments = (bucket.slot("exp_avg"), bucket.slot("step"))
+        return kernel.linear_update_(lows, *moments, look, keep, hyper.transform, bucket.finite)
 
     def scale(self, hyper: Hyper) -> float:
         """The step is ±lr whatever α is."""
@@ -192,16 +204,10 @@ class Momentum(Rule):
     skips: ClassVar[bool] = True
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
-        """N = M."""
-        moments, beta = bucket.slot("exp_avg"), hyper.betas[0]
-        _count_(bucket)
-        updates = list(torch._foreach_mul(moments, beta))
-        torch._foreach_add_(updates, lows)
-        torch._foreach_copy_(moments, list(map(chosen, bucket.flags, updates, moments)))
-        if self.nesterov:
-            updates = list(torch._foreach_add(lows, moments, alpha=beta))
-        kernel.transform_(updates, lows, hyper.transform)
-        return updates
+        """N = M after it has advanced; to look ahead is R + β(βM + R)."""
+        beta, moments = hyper.betas[0], (bucket.slot("exp_avg"), bucket.slot("step"))
+        look = (beta * beta, 1 + beta) if self.nesterov else (beta, 1.0)
+        return kernel.linear_update_(lows, *moments, look, (beta, 1.0), hyper.transform, bucket.finite)
 
 
 @dataclass(frozen=True)
@@ -270,8 +276,8 @@ class Adafactor(Rule):
         """As the base, with Adafactor's relative step size."""
         rates, lows = self._rates(bucket, hyper), self.project(bucket, kernel)
         if self.lr_inside:
-            for param, rate in zip(bucket.params, rates.double().expand(len(bucket)).tolist(), strict=True):
-                param.mul_(1 - rate * hyper.weight_decay)
+            decays = 1 - rates.double().expand(len(bucket)) * hyper.weight_decay
+            torch._foreach_mul_(bucket.params, decays.tolist())
             updates = self.update_(bucket, lows, hyper, kernel, rates)
             self.apply_(bucket, updates, replace(hyper, weight_decay=0.0), kernel, lr=scalar(1))
         else:
@@ -281,43 +287,61 @@ class Adafactor(Rule):
         self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel, rates: Tensor | None = None
     ) -> list[Tensor]:
         """N = EMA of the clipped, normalised R, each times its rate if there are any."""
-        _count_(bucket)
-        plan, moments, updates = bucket.plan, bucket.slot("exp_avg"), []
-        for i, (state, low, finite) in enumerate(zip(bucket.states, lows, bucket.flags, strict=True)):
-            update = self._normalised_(plan, plan.low_axes, state, low, finite)
-            self._clip_(plan, update)
+        plan, share = bucket.plan, (hyper.betas[0], 1 - hyper.betas[0])
+        moments, steps, updates = bucket.slot("exp_avg"), bucket.slot("step"), []
+        for at in _batches(lows):
+            finite = None if bucket.finite is None else bucket.finite[at]
+            counts = torch.stack(steps[at]) + 1
+            fresh = self._normalised_(plan, plan.low_axes, bucket.states[at], stacked(lows[at]), counts, finite)
+            self._clip_(plan, fresh)
             if rates is not None:
-                update.mul_(rates.expand(len(bucket))[i])
-            updates.append(chosen(finite, update, moments[i]))  # the average of a moment with itself is itself
-        torch._foreach_lerp_(moments, updates, 1 - hyper.betas[0])
-        torch._foreach_copy_(updates, moments)
-        kernel.transform_(updates, lows, hyper.transform)
+                fresh.mul_(spread(rates.to(fresh).expand(len(bucket))[at], fresh.ndim - 1))
+            directions = list(fresh.unbind())
+            updates += kernel.linear_update_(directions, moments[at], steps[at], share, share, hyper.transform, finite)
         return updates
 
-    def _normalised_(self, plan: Plan, axes: Axes, state: State, grad: Tensor, finite: Tensor | None) -> Tensor:
-        """R / √V̂ after advancing V; a new tensor. `axes` of the matrix are what the dimensions of R carry."""
-        fresh = state["step"].double() ** -self.decay_rate  # 1 - β₂
-        if finite is not None:
-            grad, fresh = torch.where(finite, grad, 0), torch.where(finite, fresh, 0)
-        fresh = fresh.to(grad.dtype)
-        square = grad.square().add_(1e-30)
-        if "exp_avg_sq" in state:
-            return grad * state["exp_avg_sq"].lerp_(square, fresh).rsqrt()
-        mean = plan.sharding.mean
-        row = state["exp_avg_sq_row"].lerp_(mean(square, -1, axes[-1]), fresh)
-        col = state["exp_avg_sq_col"].lerp_(mean(square, -2, axes[-2]), fresh)
-        row_scale = (row / mean(row, -1, axes[-2]).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
-        return torch.mul(grad, row_scale, out=square).mul_(col.rsqrt().unsqueeze(-2))
+    def _normalised_(
+        self, plan: Plan, axes: Axes, states: list[State], grads: Tensor, counts: Tensor, finite: Tensor | None
+    ) -> Tensor:
+        """R / √V̂ of a batch after advancing V; a new tensor.
 
-    def _clip_(self, plan: Plan, update: Tensor) -> None:
-        update.div_((plan.sharding.rms(update) / self.clip_threshold).clamp_(min=1))
+        Args:
+            plan: of the matrices.
+            axes: of the matrix, that the dimensions of R carry.
+            states: that hold V.
+            grads: R, one matrix after another.
+            counts: of the steps, this one included.
+            finite: see Bucket; of what it says no of the result is zero.
+        """
+        grads, fresh = grads.to(plan.state_dtype), counts.double() ** -self.decay_rate  # 1 - β₂
+        if finite is not None:
+            grads, fresh = torch.where(spread(finite, grads.ndim - 1), grads, 0), torch.where(finite, fresh, 0)
+        fresh = fresh.to(grads.dtype)
+        square = grads.square().add_(1e-30)
+
+        def advanced(key: str, values: Tensor) -> Tensor:
+            kept = [state[key] for state in states]
+            average = torch.stack(kept).lerp_(values, spread(fresh, values.ndim - 1))
+            torch._foreach_copy_(kept, list(average.unbind()))
+            return average
+
+        if "exp_avg_sq" in states[0]:
+            return advanced("exp_avg_sq", square).rsqrt_().mul_(grads)
+        mean = plan.sharding.mean
+        row = advanced("exp_avg_sq_row", mean(square, -1, axes[-1]))
+        col = advanced("exp_avg_sq_col", mean(square, -2, axes[-2]))
+        row_scale = (row / mean(row, -1, axes[-2]).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
+        return torch.mul(grads, row_scale, out=square).mul_(col.rsqrt_().unsqueeze(-2))
+
+    def _clip_(self, plan: Plan, updates: Tensor) -> None:
+        """Of a batch."""
+        excess = plan.sharding.rms(list(updates.unbind()), updates.dtype) / self.clip_threshold
+        updates.div_(spread(excess.clamp_(min=1), updates.ndim - 1))
 
     def _rates(self, bucket: Bucket, hyper: Hyper) -> Tensor:
         if not self.scale_parameter:
             return hyper.lr
-        plan = bucket.plan
-        rms = torch.stack([plan.sharding.rms(p.to(plan.state_dtype)) for p in bucket.params])
-        return rms.clamp_(min=1e-3).mul_(hyper.lr)
+        return bucket.plan.sharding.rms(bucket.params, bucket.plan.state_dtype).clamp_(min=1e-3).mul_(hyper.lr)
 
 
 @dataclass(frozen=True)
@@ -359,25 +383,27 @@ class CompressedAdafactor(Adafactor):
         _count_(bucket)
         rates = self._rates(bucket, hyper)
         history = scalar(-beta)  # the rate at which D takes steps along back(C)
-        for i, (param, state, finite) in enumerate(zip(bucket.params, bucket.states, bucket.flags, strict=True)):
-            grad = bucket.grads[i].to(plan.state_dtype)
-            moment = state["exp_avg"]
+        axes = tuple(range(len(plan.matrix)))
+        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
+            finite = None if bucket.finite is None else bucket.finite[i : i + 1]
+            grad, moment = bucket.grads[i].to(plan.state_dtype), state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
-            update = self._normalised_(plan, (*range(len(plan.matrix)),), state, grad, finite)
+            updates = self._normalised_(plan, axes, [state], grad.unsqueeze(0), state["step"].view(1), finite)
+            update = updates[0]
             low = kernel.project([update], new, plan.side, plan.state_dtype)[0] * (1 - beta)
             update.mul_(1 - beta)
             kernel.apply_([update], [moment], list(old), [state["step"]], [], history, 0.0, 1.0, plan.side)
             past = moment
             if old is not new and hyper.moments != "keep":
                 past = carried(moment, change_of_basis(plan, old, new), plan.side)
-            moment.copy_(chosen(finite, low.add_(past, alpha=beta), moment))
+            choose_(finite, [low.add_(past, alpha=beta)], [moment])
             kernel.transform_([update], [grad], hyper.transform)
-            self._clip_(plan, update)
+            self._clip_(plan, updates)
             rate = rates[i : i + 1] if rates.ndim else rates
             kernel.apply_(
                 *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1], rate),
                 *(hyper.weight_decay, self.scale(hyper), None),
-                finite=None if finite is None else finite.view(1),
+                finite=finite,
             )
 
 
@@ -562,6 +588,12 @@ class Apollo(Adam):
 def flat(bases: list[Bases]) -> list[Tensor]:
     """Bases as the kernels take them: all the first ones, then all the second ones."""
     return [basis for column in zip(*bases, strict=True) for basis in column]
+
+
+def _batches(tensors: list[Tensor]) -> Iterator[slice]:
+    """Of tensors of a shape: on a CPU one at a time, as they are large beside what a call costs."""
+    at_once = 1 if tensors[0].is_cpu else max(1, _AT_ONCE // max(1, tensors[0].numel()))
+    return (slice(begin, begin + at_once) for begin in range(0, len(tensors), at_once))
 
 
 def carried(moment: Tensor, change: Change, side: Side | None) -> Tensor:

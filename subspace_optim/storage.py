@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, choose_, chosen, scalar
+from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, choose_, scalar, stacked
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -94,7 +94,7 @@ class Codec:
         """The tensors."""
         shape = list(codes[0].shape)
         shape[self.axis] = self.length
-        xs = [code.new_empty(shape, dtype=dtype) for code in codes]
+        xs = _room(codes, shape, dtype)
         self.decode_(xs, codes, scales, kernel)
         return xs
 
@@ -229,6 +229,11 @@ def decoded(moments: Sequence[Coded], kernel: Any, dtype: torch.dtype) -> list[T
     """The moments, of one codec."""
     codes, scales = [moment.codes for moment in moments], [moment.scales for moment in moments]
     return moments[0].codec.decode(codes, scales, dtype, kernel)
+
+
+def _room(like: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """As many tensors of a shape, where those are, with nothing in them yet."""
+    return list(like[0].new_empty((len(like), *shape), dtype=dtype).unbind())
 
 
 class Coding:
@@ -417,7 +422,8 @@ def opened(bucket: Bucket, kernel: Any, takes_codes: bool, compensates: bool = F
         for key, begin in left.items():
             state[key] = Coded(codecs(plan)[key], state[key], state.pop(f"{key}_scale"), _seed(stream, key), begin)
     if plan.compensated and not compensates:
-        out.params = [p.float().add_(c) for p, c in zip(bucket.params, bucket.slot("compensation"), strict=True)]
+        wide, rests = stacked(bucket.params).float(), stacked(bucket.slot("compensation"))
+        out.params = list(wide.add_(rests.float()).unbind())
     return out
 
 
@@ -454,10 +460,9 @@ def close_(bucket: Bucket, stepped: Bucket, kernel: Any) -> None:
     for kept, state in zip(bucket.states, stepped.states, strict=True):
         kept.update({key: value for key, value in state.items() if isinstance(value, int)})
     if stepped.params is not bucket.params:
-        wide, rests = stepped.params, bucket.slot("compensation")
-        torch._foreach_copy_(bucket.params, list(map(chosen, bucket.flags, wide, bucket.params)))
-        torch._foreach_sub_(wide, bucket.params)
-        torch._foreach_copy_(rests, list(map(chosen, bucket.flags, wide, rests)))
+        choose_(bucket.finite, stepped.params, bucket.params)
+        taken = stacked(stepped.params).sub_(stacked(bucket.params).float())
+        choose_(bucket.finite, list(taken.unbind()), bucket.slot("compensation"))
 
 
 def settle_bases_(bucket: Bucket, kernel: Any) -> None:
@@ -475,7 +480,7 @@ def keep_bases_(bucket: Bucket, kernel: Any) -> None:
 def _keep_(bucket: Bucket, kernel: Any, keys: Iterable[str]) -> None:
     """Rounded as the whole tensor would be: its shards take their places in one stream."""
     for key, codec, xs, *kept in _coded(bucket, keys):
-        codes, scales = kept if bucket.finite is None else ([torch.empty_like(x) for x in own] for own in kept)
+        codes, scales = kept if bucket.finite is None else (_room(own, own[0].shape, own[0].dtype) for own in kept)
         seeds, steps = [_seed(stream, key) for stream in bucket.streams], bucket.slot("step")
         runs = _runs(bucket.plan, key, codec, xs[0].shape)
         if len(runs) == 1:

@@ -247,15 +247,21 @@ def change_of_basis(plan: Plan, old: Bases, new: Bases) -> Change:
     return tuple(plan.sharding.sum([a.mT @ b], axis)[0] for a, b, axis in zip(old, new, axes, strict=True))
 
 
-def chosen(finite: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    """The new tensor, or the old one where that is to stay as it is."""
-    return new if finite is None else torch.where(finite, new, old)
-
-
-def choose_(finite: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
+def choose_(finite: Tensor | None, new: list[Tensor], old: list[Tensor]) -> None:
     """Copy new tensors, all of a shape, into those old ones that are not to stay as they are: in few launches."""
-    flags = finite.view(-1, *[1] * new[0].ndim)
-    torch._foreach_copy_(old, list(torch.where(flags, torch.stack(new), torch.stack(old)).unbind()))
+    if finite is not None:
+        new = list(torch.where(spread(finite, new[0].ndim), stacked(new), stacked(old)).unbind())
+    torch._foreach_copy_(old, new)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """A batch of tensors of a shape; one alone is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def spread(numbers: Tensor, ndim: int) -> Tensor:
+    """One number a tensor, as it meets a batch of tensors of so many dimensions."""
+    return numbers.view(-1, *[1] * ndim)
 
 
 def scalar(value: float) -> Tensor:
@@ -321,11 +327,6 @@ class Bucket:
         if self.plan.compensated and self.params[0].dtype == self.plan.dtype:
             return self.slot("compensation")
         return self.streams if self.rounding else []
-
-    @property
-    def flags(self) -> list[Tensor | None]:
-        """Of every member, whether it is stepped, on the device; None: it is."""
-        return [None] * len(self) if self.finite is None else list(self.finite.unbind())
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

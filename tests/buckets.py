@@ -9,7 +9,7 @@ from subspace_optim import storage
 from subspace_optim.kernels import reference
 from subspace_optim.philox import ALL, Window
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
-from subspace_optim.types import Bucket, Hyper, Plan
+from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
 
 CANARY = 77.0
 
@@ -209,6 +209,25 @@ def assert_compensated_alike(kernel, dtype, *whats, device="cpu"):
         assert error(mine[1], theirs[1]) < 2e-5, what
         assert error(mine[0], mine[1]) > 5e-5, what
         assert sum((a != b).sum() for a, b in zip(mine[0], theirs[0])) <= 0.002 * 2 * 24 * 40, what
+
+
+def assert_averages_alike(kernel, dtype, device="cpu"):
+    """N, M and step counts after linear_update_, of gradients of this dtype; what is not finite is left alone."""
+    look, keep = (0.9, -0.25), (0.8, 1.0)
+    for shape in ((), (7,), (33, 17), (2, 1500)):
+        _, lows, means, *_, steps = bucket(shape, None, None, dtype, count=3, device=device)
+        for transform in TRANSFORMS:
+
+            def step(each, own, flags, transform=transform):
+                return each.linear_update_(own[1], own[0], own[2], look, keep, transform, flags)
+
+            mine, theirs, unharmed = twice((means, lows, steps))
+            updates, wanted = step(kernel, mine, None), step(reference, theirs, None)
+            for own, others in zip((updates, *mine), (wanted, *theirs), strict=True):
+                assert error(own, others) < 1e-6
+            assert unharmed()
+            left = assert_left_alone((means, [low.clone() for low in lows], steps), step, kernel, reference)
+            assert error(*left) < 1e-6
 
 
 LINES = [((1, 9), 1), ((33, 17), 0), ((70, 270), 1), ((24, 40), 0), ((24, 40), None)]  # shapes; what factors are one of

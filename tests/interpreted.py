@@ -10,6 +10,7 @@ import pytest
 import torch
 from buckets import (
     PARTS,
+    assert_averages_alike,
     assert_coded_alike,
     assert_coded_rows_alike,
     assert_codes_alike,
@@ -202,6 +203,11 @@ def test_adam_update(transform, eps_inside):
     for a, b in zip((out, *mine), (expected, *theirs)):
         assert error(a, b) < 1e-6
     assert unharmed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_averages(dtype):
+    assert_averages_alike(kernels, dtype)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES[:5], SHAPES[-1]], ids=str)
@@ -494,6 +500,7 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
     for name in (
         "project",
         "adam_update_",
+        "linear_update_",
         "apply_",
         "projected_adam_",
     ):  # of a dense gradient, project is the reference's

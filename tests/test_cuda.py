@@ -14,6 +14,7 @@ import pytest
 import torch
 from buckets import (
     PARTS,
+    assert_averages_alike,
     assert_coded_alike,
     assert_coded_rows_alike,
     assert_codes_alike,
@@ -251,12 +252,17 @@ def test_adam_update(dtype, transform, eps_inside):
     mine, theirs, unharmed = twice((lows, means, squares, steps))
     out, expected = (
         kernel.adam_update_(*lists, 0.8, 0.95, 1e-3, transform, eps_inside)
-        for kernel, lists in ((kernels, mine), (reference, [[t.float() for t in column] for column in theirs]))
+        for kernel, lists in ((kernels, mine), (reference, theirs))
     )
     assert error(out, expected) < 1e-6
     for a, b in zip(mine[1:3], theirs[1:3]):
         assert error(a, b) < 1e-6
     assert unharmed()
+
+
+@pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
+def test_averages(dtype):
+    assert_averages_alike(kernels, dtype)
 
 
 def test_first_steps_and_zero_gradients():
@@ -609,7 +615,7 @@ def test_three_steps_of_an_optimizer(method, monkeypatch):
     opt, other = build(method, mine), build(method, theirs, backend="reference")
     train(theirs, other, range(3))
     monkeypatch.setattr(select, "resolve", lambda backend, plan: kernels)
-    for name in ("project", "adam_update_", "apply_", "projected_adam_"):
+    for name in ("project", "adam_update_", "linear_update_", "apply_", "projected_adam_"):
         allowed = getattr(reference, name) if name == "project" else None  # of a dense gradient, it is the reference's
         monkeypatch.setattr(reference, name, partial(refuse_projected, allowed))
     train(mine, opt, range(3))

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from buckets import (
+    assert_averages_alike,
     assert_coded_alike,
     assert_codes_alike,
     assert_compensated_alike,
@@ -229,6 +230,11 @@ def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
                 bounds = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
                 assert error(mine[0], theirs[0]) < bounds[dtype]
             assert unharmed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_averages(dtype, kernels):
+    assert_averages_alike(kernels, dtype, device=GPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

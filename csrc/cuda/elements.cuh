@@ -120,6 +120,15 @@ struct Moments {
   SSO_DEVICE Adam<float> at(const Scalars& s) const { return {beta1, rest1, beta2, rest2, s.slope, s.floor}; }
 };
 
+// N turned by R, but for the scale of cautious, which adds those to `kept` that it keeps and that `counts`.
+SSO_DEVICE float turned(Transform transform, float n, float r, bool counts, int& kept) {
+  if (transform == Transform::grams) return std::fabs(n) * sign(r);
+  if (transform != Transform::cautious) return n;
+  const bool keep = n * r > 0;
+  kept += keep && counts;
+  return keep ? n : 0;
+}
+
 // R → N; the moments advance unless they have been already. Returns how many of the first `count` cautious kept.
 template <bool advance>
 SSO_DEVICE int adam_values(const Adam<float>& h, Transform transform, float (&mean)[kRun], float (&square)[kRun],
@@ -128,13 +137,7 @@ SSO_DEVICE int adam_values(const Adam<float>& h, Transform transform, float (&me
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     const float r = x[i];
-    x[i] = adam<float, advance>(h, r, mean[i], square[i]);
-    if (transform == Transform::grams) x[i] = std::fabs(x[i]) * sign(r);
-    if (transform == Transform::cautious) {
-      const bool keep = x[i] * r > 0;
-      kept += keep && i < count;
-      x[i] = keep ? x[i] : 0;
-    }
+    x[i] = turned(transform, adam<float, advance>(h, r, mean[i], square[i]), r, i < count, kept);
   }
   return kept;
 }

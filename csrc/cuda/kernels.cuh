@@ -133,6 +133,35 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
   if (how.advance && moments.transform == Transform::cautious) count_kept(scalars, kept);
 }
 
+// How N, and M after the step, are made of M and R.
+struct Linear {
+  float look_mean, look_low, keep_mean, keep_low;
+  Transform transform;
+};
+
+__global__ void __launch_bounds__(kThreads) linear(Group group, Type in, Linear how, Scalars* all, int64_t size) {
+  Scalars& scalars = all[blockIdx.y];
+  if (scalars.skip) return;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun;
+  const int count = static_cast<int>(max(static_cast<int64_t>(0), min(static_cast<int64_t>(kRun), size - first)));
+  int kept = 0;
+  if (count > 0) {
+    float low[kRun], mean[kRun], x[kRun], *m = group.m[blockIdx.y] + first;
+    with_type(in, [&](auto* null) {
+      read(static_cast<const std::remove_pointer_t<decltype(null)>*>(group.in[blockIdx.y]) + first, count, low);
+    });
+    read(m, count, mean);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      x[i] = turned(how.transform, how.look_mean * mean[i] + how.look_low * low[i], low[i], i < count, kept);
+      mean[i] = how.keep_mean * mean[i] + how.keep_low * low[i];
+    }
+    store(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
+    store(m, count, mean);
+  }
+  if (how.transform == Transform::cautious) count_kept(scalars, kept);
+}
+
 // N ← N / the share that cautious kept.
 __global__ void __launch_bounds__(kThreads) rescale(Group group, const Scalars* scalars, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

@@ -153,6 +153,19 @@ SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, in
   });
 }
 
+// R of `type`, and the moments it is combined with, to N in float32. See Linear.
+SSO_API sso_linear(int64_t count, const uint64_t* table, int64_t size, int type, double look_mean, double look_low,
+                   double keep_mean, double keep_low, int transform, void* scalars, void* stream) {
+  if (size == 0) return 0;
+  const Linear how{static_cast<float>(look_mean), static_cast<float>(look_low), static_cast<float>(keep_mean),
+                   static_cast<float>(keep_low), static_cast<Transform>(transform)};
+  return over_groups(count, [&](int members, int64_t first) {
+    return launch(linear, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
+                  group_of(table, count, members, first), static_cast<Type>(type), how,
+                  static_cast<Scalars*>(scalars) + first, size);
+  });
+}
+
 SSO_API sso_rescale(int64_t count, const uint64_t* table, int64_t size, const void* scalars, void* stream) {
   if (size == 0) return 0;
   return over_groups(count, [&](int members, int64_t first) {

@@ -30,7 +30,18 @@ from torch.utils.dlpack import from_dlpack
 from ..philox import ALL, Window, stochastic_round_
 from ..types import Plan, Side
 from . import reference
-from .reference import back, coded_adam_, decode_, encode_, grad_max, line_norms, project, transform_, write_
+from .reference import (
+    back,
+    coded_adam_,
+    decode_,
+    encode_,
+    grad_max,
+    line_norms,
+    linear_update_,
+    project,
+    transform_,
+    write_,
+)
 
 __all__ = [
     "adam_update_",
@@ -41,6 +52,7 @@ __all__ = [
     "encode_",
     "grad_max",
     "line_norms",
+    "linear_update_",
     "project",
     "projected_adam_",
     "transform_",

@@ -2,6 +2,7 @@
 
     prepare   step counts advance; bias corrections, decay and learning rate of each tensor, in float64 on the device
     dense     moments, transform and the write of the parameter, in one pass; or a part of these
+    linear    the moment and N of rules that average R or its like, and their transform
     fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
     project   larger ranks, first half: R, in whose epilogue the moments advance
     apply     larger ranks, second half: back(N), in whose epilogue W is written
@@ -48,6 +49,7 @@ __all__ = [
     "encode_",
     "grad_max",
     "line_norms",
+    "linear_update_",
     "project",
     "projected_adam_",
     "transform_",
@@ -70,6 +72,7 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
     "dense": "lpliiiiiiddiliilllliipp",
+    "linear": "lpliddddipp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
     "apply": "lpiiiiiliilllpppp",
@@ -255,7 +258,7 @@ def _deals(window: Window, side: Side | None) -> bool:
 
 def _operands(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
     """As the products take them: contiguous, in the type of the gradient."""
-    if tensors[0].dtype == dtype and all(tensor.is_contiguous() for tensor in tensors):
+    if all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors):
         return tensors
     shape = (len(tensors), *tensors[0].shape)
     rounded = torch.empty(shape, dtype=dtype, device=tensors[0].device).unbind()
@@ -418,14 +421,36 @@ def adam_update_(
 
 def _updates(lows: Sequence[Tensor], adam: _Adam, scalars: Tensor) -> list[Tensor]:
     """N; the moments advance."""
-    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
     kind = TYPES.index(lows[0].dtype)
     modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL, *lines_of((), lows[0]))
-    _launch("dense", *where, size, *modes, scalars.data_ptr())
+    return _elements("dense", lows, adam, modes, scalars)
+
+
+def _elements(name: str, lows: Sequence[Tensor], adam: _Adam, modes: Sequence[Any], scalars: Tensor) -> list[Tensor]:
+    """N of every R by a kernel that goes element by element; cautious scales it in a launch of its own."""
+    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
+    where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
+    _launch(name, *where, size, *modes, scalars.data_ptr())
     if adam.transform == "cautious":
         _launch("rescale", *where, size, scalars.data_ptr())
     return list(out)
+
+
+def linear_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look: tuple[float, float],
+    keep: tuple[float, float],
+    transform: str = "none",
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """See the reference."""
+    if not _fits(lows, exp_avgs, steps) or not _are_float32(exp_avgs, steps):
+        return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
+    scalars = _prepared(steps, None, betas=(0.0, 0.0), finite=finite)
+    modes = (TYPES.index(lows[0].dtype), *look, *keep, TRANSFORMS.index(transform))
+    return _elements("linear", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
 
 
 def _are_float32(*columns: Sequence[Tensor]) -> bool:
@@ -588,7 +613,7 @@ def weight_norm_adam_(
     W, and what is not contiguous, are copied. `coded` moments take the place of others.
     """
     kind, (m, n), device = params[0].dtype, params[0].shape, params[0].device
-    grads = [grad.to(kind).contiguous() for grad in grads]
+    grads = list(_operands(grads, kind))
     torch.autograd.graph.increment_version(params)
     advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
     undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
@@ -666,7 +691,7 @@ def compressed_adafactor_(
     contiguous, are copied.
     """
     count, kind = len(params), params[0].dtype
-    grads = [grad.to(kind).contiguous() for grad in grads]
+    grads = list(_operands(grads, kind))
     torch.autograd.graph.increment_version(params)
     scalars = _prepared(steps, lr, weight_decay, scale, (0.0, 0.0), finite=finite)
     each = len(scalars) // count

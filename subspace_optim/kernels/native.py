@@ -12,7 +12,7 @@ from .. import _ext, ops
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, transform_, write_
+from .reference import back, linear_update_, transform_, write_
 
 __all__ = [
     "adam_update_",
@@ -24,6 +24,7 @@ __all__ = [
     "encode_",
     "grad_max",
     "line_norms",
+    "linear_update_",
     "project",
     "projected_adam_",
     "transform_",

@@ -6,6 +6,7 @@
                   R = Pᵀ G Q         both                           R (r, r)
                   R = G              dense (no bases)
     adam_update_  M ← β₁M + (1-β₁)R,  V ← β₂V + (1-β₂)R²,  N = M̂ / (√V̂ + ε), then the transform
+    linear_update_  N = a·M + b·R,  M ← c·M + d·R, then the transform
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project; or of a dense N times factors
     encode_       x ≈ scale·table[code] by blocks of x, and decode_ back: see storage.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
@@ -99,8 +100,8 @@ def adam_update_(
 ) -> list[Tensor]:
     """Advance the moments by R and return the update N, which means nothing where `finite` says no.
 
-    `eps_inside` adds ε to √V before the bias correction (the transformers-AdamW form of the papers' official code)
-    instead of after it (torch).
+    R may have any of the dtypes of gradients. `eps_inside` adds ε to √V before the bias correction (the
+    transformers-AdamW form of the papers' official code) instead of after it (torch).
     """
     if finite is not None:
         updates = [torch.zeros_like(m) for m in exp_avgs]
@@ -108,6 +109,7 @@ def adam_update_(
         if out:
             torch._foreach_copy_(out, adam_update_(r, m, v, k, beta1, beta2, eps, transform, eps_inside))
         return updates
+    lows = [low.to(m.dtype) for low, m in zip(lows, exp_avgs, strict=True)]
     torch._foreach_add_(steps, 1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, lows, lows, 1 - beta2)
@@ -126,6 +128,35 @@ def adam_update_(
     torch._foreach_mul_(updates, corrections1)
     for update, average in zip(updates, exp_avgs, strict=True):
         torch.div(average, update, out=update)
+    transform_(updates, lows, transform)
+    return updates
+
+
+def linear_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look: tuple[float, float],
+    keep: tuple[float, float],
+    transform: str = "none",
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """Return N = a·M + b·R, a and b being `look`, and advance M ← c·M + d·R by those of `keep`, and the step counts.
+
+    R may have any of the dtypes of gradients; N is as for adam_update_.
+    """
+    if finite is not None:
+        updates = [torch.zeros_like(m) for m in exp_avgs]
+        r, m, k, out = taken(finite, lows, exp_avgs, steps, updates)
+        if out:
+            torch._foreach_copy_(out, linear_update_(r, m, k, look, keep, transform))
+        return updates
+    lows = [low.to(m.dtype) for low, m in zip(lows, exp_avgs, strict=True)]
+    torch._foreach_add_(steps, 1)
+    updates = list(torch._foreach_mul(exp_avgs, look[0]))
+    torch._foreach_add_(updates, lows, alpha=look[1])
+    torch._foreach_mul_(exp_avgs, keep[0])
+    torch._foreach_add_(exp_avgs, lows, alpha=keep[1])
     transform_(updates, lows, transform)
     return updates
 

@@ -38,6 +38,7 @@ __all__ = [
     "encode_",
     "grad_max",
     "line_norms",
+    "linear_update_",
     "project",
     "projected_adam_",
     "transform_",
@@ -401,6 +402,38 @@ def _updates(
         CAUTIOUS=transform == "cautious",
         EPS_INSIDE=eps_inside,
     )
+    return list(out)
+
+
+def linear_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look: tuple[float, float],
+    keep: tuple[float, float],
+    transform: str = "none",
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """See the reference."""
+    if not _fits(lows, exp_avgs, steps):
+        return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
+    count, size = len(lows), lows[0].numel()
+    out = torch.empty((count, *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
+    table = _table(out, lows, exp_avgs, (), (), steps)
+    _advanced(table, count, 0.0, 0.0, finite)
+    for kept, counts in _counting(transform == "cautious", out):
+        _launch(
+            kernels.linear,
+            (triton.cdiv(size, _BLOCK), count),
+            table,
+            finite,
+            *(kept, size, *look, *keep),
+            IN=_TYPES[lows[0].dtype],
+            ALIGN=table.align,
+            TRANSFORM=transform,
+            COUNT=counts,
+            BLOCK=_BLOCK,
+        )
     return list(out)
 
 

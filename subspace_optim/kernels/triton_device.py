@@ -5,6 +5,7 @@ tensor and program_id(0) the block within it.
 
     advance      steps += 1 and their bias corrections, in float64
     elementwise  dense: moments, transform and the write of the parameter, in one pass; or a part of these
+    linear       the moment and N of rules that average R or its like, and their transform
     fused        projected, small ranks (see FUSED_RANK): a program owns a row block of W (a column block, on the left)
                   with its rows of M and V; G is read once, W is read and written once
     project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
@@ -122,9 +123,15 @@ def _adam(g, mean, square, corrections, alpha1, beta2, alpha2, eps, GRAMS: tl.co
         root = tl.div_rn(root, second) + eps
     update = tl.div_rn(mean, root * first)
     if GRAMS:
-        size = tl.abs(update)
-        update = tl.where(g > 0, size, tl.where(g < 0, -size, 0.0))
+        update = _grams(update, g)
     return update, mean, square
+
+
+@triton.jit
+def _grams(update, low):
+    """sign(R)·|N|."""
+    size = tl.abs(update)
+    return tl.where(low > 0, size, tl.where(low < 0, -size, 0.0))
 
 
 @triton.jit
@@ -305,6 +312,42 @@ def elementwise(
             half = _half_words(seed, step, block) if NOISE == 8 else _half_word(seed, step, block, number & 7)
             update = _round(update, half)
     tl.store(out, update.to(OUT), mask=inside)
+
+
+@triton.jit
+def linear(
+    table,
+    finite,
+    kept,
+    size,
+    look_mean,
+    look_low,
+    keep_mean,
+    keep_low,
+    IN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """N and M, each a combination of M and R. COUNT: see elementwise."""
+    if _left_alone(finite):
+        return
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    mean_at = _at(table, 2, tl.float32, ALIGN) + i
+    mean = tl.load(mean_at, mask=inside, other=0.0)
+    low = tl.load(_at(table, 1, IN, ALIGN) + i, mask=inside, other=0.0).to(tl.float32)
+    update = look_mean * mean + look_low * low
+    if COUNT:
+        _count(update * low > 0, kept)
+        return
+    if TRANSFORM == "grams":
+        update = _grams(update, low)
+    elif TRANSFORM == "cautious":
+        update = _cautious(update, update * low > 0, kept, tl.cast(size, tl.float32))
+    tl.store(_at(table, 0, tl.float32, ALIGN) + i, update, mask=inside)
+    tl.store(mean_at, keep_mean * mean + keep_low * low, mask=inside)
 
 
 @triton.jit

@@ -480,7 +480,7 @@ def _shortcuts(recorder: Recorder) -> Iterator[Any]:
     """Functions of many ops, which take the same for arguments of the same shape."""
     for module, name, key_of in (
         (philox, "_rounds", _key_of_rounds),
-        (projectors, "random_bases", lambda seeds, shape, _: (len(seeds), shape)),
+        (projectors, "random_bases", lambda seeds, shape, *_: (len(seeds), shape)),
         (storage, "allocated", lambda plan, _: plan),
     ):
         yield mock.patch.object(module, name, _seen_before(recorder, getattr(module, name), key_of))
