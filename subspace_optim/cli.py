@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from subspace_optim import __version__
-from subspace_optim.pretrain.config import LAYERWISE, PARALLEL, Failure, UserError
+from subspace_optim.pretrain.config import CHOICES, Failure, UserError
 from subspace_optim.pretrain.display import begin_output, complain, end_output, table, write
 from subspace_optim.sizes import SIZES
-from subspace_optim.types import BITS, ROUNDINGS
 
 _SOURCE = Path(__file__).resolve().parents[1]  # a checkout, unless a wheel was installed
 _BENCHMARKS = ("run", "backward", "plan", "gpu", "tune")
@@ -82,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(one)
     one.add_argument(
         "--parallel",
-        choices=PARALLEL,
+        choices=CHOICES["parallel"],
         help="under torchrun: a copy of the model on every rank (ddp), shards of it (fsdp), or shards where a copy "
         "does not fit its GPU (auto, the default)",
     )
@@ -189,8 +188,8 @@ def _add_model_options(model: argparse._ActionsContainer) -> None:
     )
     for name in ("hidden", "intermediate", "heads", "layers"):
         model.add_argument(f"--{name}", type=int, metavar="N", help="in place of that of the size")
-    model.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and gradients (default: float32)")
-    model.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), help="(default: sdpa)")
+    model.add_argument("--dtype", choices=CHOICES["dtype"], help="of weights and gradients (default: float32)")
+    model.add_argument("--attention", choices=CHOICES["attention"], help="(default: sdpa)")
     model.add_argument(
         "--gradient-checkpointing",
         "--checkpointing",
@@ -212,10 +211,12 @@ def _add_projection_options(update: argparse._ActionsContainer) -> None:
     )
     for what in ("state", "basis"):
         name = {"state": "moments", "basis": "bases"}[what]
-        update.add_argument(f"--{what}-bits", type=int, choices=BITS, help=f"of the {name} (default: 32)")
+        update.add_argument(
+            f"--{what}-bits", type=int, choices=CHOICES[f"{what}_bits"], help=f"of the {name} (default: 32)"
+        )
     update.add_argument(
         "--layerwise",
-        choices=LAYERWISE,
+        choices=CHOICES["layerwise"],
         help="keep no whole gradient: project each one as backward makes it (hooks), or let the backward of linear "
         "layers make the projected one (linear); a new projection is of the first micro-batch then (default: off)",
     )
@@ -257,7 +258,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
     update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")
-    update.add_argument("--rounding", choices=ROUNDINGS, help="of bfloat16 weights (default: stochastic)")
+    update.add_argument("--rounding", choices=CHOICES["rounding"], help="of bfloat16 weights (default: stochastic)")
     update.add_argument("--clip", type=float, metavar="X", help="largest gradient norm; 0 for none (default: 1)")
     update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")

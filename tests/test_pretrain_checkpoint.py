@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pretraining import assert_same_state, killed_while, micro, refused, state_a
 
 from subspace_optim.cli import main
 from subspace_optim.pretrain import checkpoint
-from subspace_optim.pretrain.config import UserError
+from subspace_optim.pretrain.config import UserError, resolve
 from subspace_optim.pretrain.files import no_room
 
 
@@ -87,10 +88,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
     else:
         file.unlink()
     warnings = []
-    run, loaded, _ = checkpoint.load_newest(tmp_path, warnings.append)
-    assert run == tmp_path and loaded["step"] == 5
+    path, loaded, _ = checkpoint.load_newest(tmp_path, warnings.append)
+    assert path == tmp_path / checkpoint.FOLDER / "step-00000005" and loaded["step"] == 5
     assert len(warnings) == 1 and "step-00000010" in warnings[0] and "falling back" in warnings[0]
-    with pytest.raises(UserError, match="step-00000010"):
+    with pytest.raises(UserError, match=r"step-00000010.* go on from .*--resume .*step-00000005$"):
         checkpoint.load_newest(newest, warnings.append)
 
 
@@ -224,6 +225,46 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys, corpus):
     facts["config"] = {**facts["config"], "from_the_future": 1}
     checkpoint.save(run, 4, saved, facts, keep=2)
     refused(capsys, ["pretrain", "--resume", str(run)], "from_the_future", "version")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda facts: facts.pop("config"), "no options"),
+        (lambda facts: facts.pop("corpus"), "corpus"),
+        (lambda facts: facts.update(config=[1]), "no options"),
+        (lambda facts: facts["config"].pop("lr"), "(lr)"),
+        (lambda facts: facts["config"].update(lr="0.01"), "--lr '0.01'"),
+        (lambda facts: facts["config"].update(data=[3]), "--data [3]"),
+        (lambda facts: facts["config"].update(betas=[0.9]), "--betas [0.9]"),
+        (lambda facts: facts["config"].update(steps=0), "--steps 0"),
+        (lambda facts: facts["config"].update(dtype="float99"), "--dtype float99"),
+        (lambda facts: facts["config"].update(heads=3), "--heads 3"),
+    ],
+)  # fmt: skip
+def test_facts_of_another_shape_are_one_line_and_name_the_checkpoint_before(tmp_path, capsys, damage, words):
+    """What lies beside the checksummed state can be edited, and stay JSON."""
+    facts = {"config": resolve({}).to_dict(), "corpus": "key"}
+    for step in (4, 8):
+        newest = checkpoint.save(tmp_path / "a run", step, state(step), facts, keep=2)
+    facts = json.loads((newest / "meta.json").read_text())
+    damage(facts)
+    (newest / "meta.json").write_text(json.dumps(facts))
+    error = refused(capsys, ["pretrain", "--resume", str(tmp_path / "a run")], str(newest / "meta.json"), words)
+    assert error.endswith(f"--resume '{newest.with_name('step-00000004')}'\n")
+    shutil.rmtree(newest.with_name("step-00000004"))
+    assert "--overwrite" in refused(capsys, ["pretrain", "--resume", str(tmp_path / "a run")], words)
+
+
+def test_a_checkpoint_is_found_from_within_and_goes_on_only_in_a_run(tmp_path, capsys, monkeypatch):
+    """Its run is the folder above, however it was named; a copy of it elsewhere has none to write to."""
+    path = save(tmp_path / "run", 5)
+    monkeypatch.chdir(path)
+    for name in (".", "../step-00000005"):
+        assert checkpoint.load_newest(Path(name), pytest.fail)[0] == path
+    copy = shutil.copytree(path, tmp_path / "copy" / path.name)
+    refused(capsys, ["pretrain", "--resume", str(copy)], f"--resume {copy}: is a checkpoint outside of a run")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [path.name]
 
 
 def test_text_that_changed_since_the_checkpoint_is_refused(tmp_path, capsys):

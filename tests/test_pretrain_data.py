@@ -1,5 +1,6 @@
 """From text to batches: nothing lost, nothing seen twice in an epoch, nothing made twice, nothing half written."""
 
+import errno
 import gzip
 import json
 import os
@@ -261,6 +262,41 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, cache, capsys, make, word
     make(tmp_path / "text")
     refused(capsys, micro(tmp_path / "text", tmp_path / "out"), *words)
     assert not list(tmp_path.glob("out/checkpoints/*"))
+
+
+def test_a_compressed_file_holds_out_its_last_part(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(2000))
+    with gzip.open(tmp_path / "one.txt.gz", "wt") as file:
+        file.write(text)
+    found = texts(sources.open_source((str(tmp_path / "one.txt.gz"),), "text"))
+    assert found[False][0] + found[True][0] == text
+    assert 0.045 < len(found[True][0]) / len(text) < 0.055
+
+
+def test_half_a_character_and_a_name_that_is_not_utf_8_are_no_reason_to_stop(tmp_path, cache):
+    """JSON may hold half of a surrogate pair, and a file system any bytes."""
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "w") as file:
+        file.write('{"text": "some words \\ud800 and more"}\n' * 300)
+    corpus = data.prepare(config_for(tmp_path), quiet)
+    assert corpus.tokens["train"] > 1000
+
+
+def test_what_cannot_be_read_is_not_left_out(tmp_path, cache, capsys, monkeypatch):
+    """A folder within the corpus, and compressed bytes that are none."""
+    folder = write_corpus(tmp_path / "email")
+    scan = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("mime"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(capsys, micro(folder, tmp_path / "out"), f"--data {folder / 'mime'}: cannot be read (Permission denied)")
+    broken = bytearray(gzip.compress(b"".join(b"line %d\n" % number for number in range(20_000))))
+    broken[len(broken) // 2 :] = b"\xff" * (len(broken) // 2)
+    (tmp_path / "one.txt.gz").write_bytes(broken)
+    refused(capsys, micro(tmp_path / "one.txt.gz", tmp_path / "out"), "one.txt.gz: cannot be read")
 
 
 @pytest.mark.parametrize(

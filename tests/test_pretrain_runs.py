@@ -298,6 +298,22 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path, corpus):
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, corpus):
+    run = make_run(corpus, tmp_path, steps=2)
+    advance = run.advance
+
+    def broken():
+        moved = advance()
+        with torch.no_grad():
+            run.model.get_parameter("lm_head.weight").mul_(math.nan)
+        return moved
+
+    run.advance = broken
+    with pytest.raises(Diverged, match="held-out loss is not finite after step 2"):
+        run.train()
+    assert steps_saved(run.folder) == [0]
+
+
 def test_divergence_is_one_line_and_exit_code_1(tmp_path, corpus, capsys, monkeypatch):
     monkeypatch.setattr(
         loop, "summed_loss", lambda forward, windows: forward(input_ids=windows).logits.sum() * math.nan

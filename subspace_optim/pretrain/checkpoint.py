@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -145,22 +146,41 @@ def load_newest(named: Path, warn: Callable[[str], None]) -> tuple[Path, dict[st
         warn: Told of each damaged checkpoint that is passed over.
 
     Returns:
-        The directory of the run, and the state and facts of the checkpoint.
+        The checkpoint, its state and its facts.
 
     Raises:
         UserError: There is none, or none is good.
     """
     if (named / "meta.json").exists() or named.name.startswith(_PREFIX):
-        state, facts = load(named)
-        return named.parent.parent, state, facts
+        chosen = named.resolve()
+        if chosen.parent.name != FOLDER:
+            raise UserError(
+                f"--resume {named}: is a checkpoint outside of a run; put it into RUN/{FOLDER}, where it goes on"
+            )
+        try:
+            return chosen, *load(chosen)
+        except UserError as error:
+            raise UserError(f"{error}; {way_on(chosen)}") from error
     found = list(checkpoints(named))
     if not found:
         raise UserError(f"--resume {named}: holds no checkpoint; leave --resume out to start a run")
     for checkpoint in found:
         loaded = _load_or_warn(checkpoint, warn)
         if loaded is not None:
-            return named, *loaded
+            return checkpoint, *loaded
     raise UserError(f"--resume {named}: none of its {len(found)} checkpoints can be read; start again with --overwrite")
+
+
+def way_on(checkpoint: Path) -> str:
+    """What a person can do where a checkpoint is of no use.
+
+    Args:
+        checkpoint: The directory of the checkpoint.
+    """
+    older = next((path for path in checkpoints(checkpoint.parent.parent) if path.name < checkpoint.name), None)
+    if older is None:
+        return "start again with --overwrite"
+    return f"go on from the one before it by --resume {shlex.quote(str(older))}"
 
 
 def _load_or_warn(checkpoint: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]] | None:

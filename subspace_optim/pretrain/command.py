@@ -21,7 +21,7 @@ from subspace_optim.pretrain.config import (
     FREE_ON_RESUME,
     RunConfig,
     UserError,
-    check_numbers,
+    check_values,
     flag,
     grow_to_fit,
     path_of,
@@ -213,9 +213,10 @@ def program() -> str:
 def _resumed(
     named: Path, options: dict[str, Any], ranks: Ranks, display: Display, began: float, held: ExitStack
 ) -> Run:
-    folder, state, facts = checkpoint.load_newest(named, display.warn)
+    path, state, facts = checkpoint.load_newest(named, display.warn)
+    folder = path.parent.parent
     ranks.decide(lambda: _hold("--resume", folder, held))
-    config = ranks.accept(_same_run(RunConfig.from_dict(facts["config"]), options, folder))
+    config = ranks.accept(_same_run(_saved(path, facts), options, folder))
     if config.steps < state["step"]:
         raise UserError(f"--steps {config.steps}: the checkpoint in {folder} is at step {state['step']} already")
     with _plain_words(config):
@@ -225,9 +226,21 @@ def _resumed(
     return run
 
 
+def _saved(path: Path, facts: Mapping[str, Any]) -> RunConfig:
+    """The options that a checkpoint was made with."""
+    try:
+        if not isinstance(facts.get("corpus"), str):
+            raise UserError("it does not name the corpus")
+        return RunConfig.from_dict(facts.get("config"))
+    except UserError as error:
+        raise UserError(
+            f"{path / 'meta.json'}: {error}; if it was changed, bring it back as it was, or {checkpoint.way_on(path)}"
+        ) from error
+
+
 def _same_run(saved: RunConfig, options: dict[str, Any], folder: Path) -> RunConfig:
     """The saved configuration with the options that may change; any other difference is refused."""
-    check_numbers(options)
+    check_values(options)
     if "tokens" in options:
         options["steps"] = -(-options.pop("tokens") // saved.tokens_per_step)
     if "data" in options:

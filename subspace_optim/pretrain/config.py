@@ -7,11 +7,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from subspace_optim.sizes import SIZES, Size
+from subspace_optim.types import BITS, ROUNDINGS
 
 GIB = 1 << 30
 
@@ -161,24 +162,41 @@ class RunConfig:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+    def from_dict(cls, values: Any) -> RunConfig:
         """The inverse of ``to_dict``, also of an earlier version's.
 
         Args:
-            values: The options by name.
+            values: What was read from JSON.
 
         Raises:
-            UserError: An option is missing or unknown, so another version wrote them.
+            UserError: It is no configuration: another version wrote it, or it was changed or damaged.
         """
+        if not isinstance(values, Mapping):
+            raise UserError("holds no options of a run")
         values = {**BEFORE, **values}
-        names = {field.name for field in fields(cls)}
-        if names != set(values):
-            odd = ", ".join(sorted(names ^ set(values)))
-            raise UserError(f"the checkpoint's options do not fit this version of subspace_optim ({odd})")
+        kinds = get_type_hints(cls)
+        if kinds.keys() != values.keys():
+            odd = ", ".join(sorted(kinds.keys() ^ values.keys()))
+            raise UserError(f"the options of the run do not fit this version of subspace_optim ({odd})")
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        for key, kind in kinds.items():
+            if not _fits(plain[key], kind):
+                raise UserError(f"{flag(key)} {values[key]!r}: is not of the type of this option")
+        check_values(plain)
         return cls(**plain)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that JSON gave is of a type that `RunConfig` names; JSON writes 1.0 as 1 where it likes."""
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        inner = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if inner:
+        return any(_fits(value, one) for one in inner)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
@@ -186,8 +204,15 @@ class RunConfig:
 FREE_ON_RESUME = frozenset(
     {"steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch"}
 )
-LAYERWISE = ("off", "hooks", "linear")
-PARALLEL = ("auto", "ddp", "fsdp")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("sdpa", "eager", "flash_attention_2"),
+    "layerwise": ("off", "hooks", "linear"),
+    "parallel": ("auto", "ddp", "fsdp"),
+    "rounding": ROUNDINGS,
+    "state_bits": BITS,
+    "basis_bits": BITS,
+}
 
 
 def flag(name: str) -> str:
@@ -211,7 +236,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key, value in (asdict(size) | dimensions).items():
         if key in RunConfig.__dataclass_fields__ and key != "rank":
             values.setdefault(key, value)
-    check_numbers(values | ({"tokens": tokens} if tokens is not None else {}))
+    check_values(values | ({"tokens": tokens} if tokens is not None else {}))
     if tokens is not None:
         if "steps" in given:
             raise UserError(f"--tokens {tokens}: --steps {given['steps']} says how long to train already; give one")
@@ -248,15 +273,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     if values.get("warmup", 0) > values["steps"]:
         raise UserError(f"--warmup {values['warmup']}: is longer than the run of {values['steps']} steps")
     named = {key: value for key, value in values.items() if key in RunConfig.__dataclass_fields__}
-    config = RunConfig(**(fixed | named))
-    if config.hidden % config.heads:
-        raise UserError(f"--heads {config.heads}: does not divide --hidden {config.hidden}")
-    if config.hidden // config.heads % 2:
-        raise UserError(
-            f"--heads {config.heads}: leaves {config.hidden // config.heads} dimensions a head; "
-            "rotary embeddings need an even number"
-        )
-    return config
+    return RunConfig(**(fixed | named))
 
 
 _AT_LEAST_ONE = (
@@ -266,15 +283,18 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed", "watch")
 
 
-def check_numbers(values: Mapping[str, Any]) -> None:
-    """Refuse numbers that no run can use.
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse values that no run can use.
 
     Args:
         values: Options by name; those that are missing are not looked at.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: A number is out of range, or a word is none of those to choose from.
     """
+    for key, choices in CHOICES.items():
+        if key in values and values[key] not in choices:
+            raise UserError(f"{flag(key)} {values[key]}: must be one of {', '.join(map(str, choices))}")
     for key in _AT_LEAST_ONE:
         if key in values and values[key] < 1:
             raise UserError(f"{flag(key)} {values[key]}: must be at least 1")
@@ -293,6 +313,14 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for beta in values.get("betas") or ():
         if not 0 <= beta < 1:
             raise UserError(f"--betas {beta}: each must be at least 0 and below 1, such as 0.9 0.999")
+    if {"hidden", "heads"} <= values.keys():
+        width, odd = divmod(values["hidden"], values["heads"])
+        if odd:
+            raise UserError(f"--heads {values['heads']}: does not divide --hidden {values['hidden']}")
+        if width % 2:
+            raise UserError(
+                f"--heads {values['heads']}: leaves {width} dimensions a head; rotary embeddings need an even number"
+            )
     for key in ("rank", "embedding_rank"):
         rank = values.get(key)
         if rank is None or (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):

@@ -269,11 +269,17 @@ class Run:
 
         Returns:
             Nats per token.
+
+        Raises:
+            Diverged: It is not finite, and so the weights are not.
         """
         with self.watch.phase("evaluation"):
             self.model.eval()
             nll, tokens = evaluate(self.forward, self.validation, self.device, self.ranks)
             self.model.train()
+        if not math.isfinite(nll):
+            with self.ranks.agreed():
+                raise Diverged(f"the held-out loss is not finite after step {self.step}; try a lower --lr")
         self.evaluations.append([self.step, nll, tokens])
         return nll / tokens
 

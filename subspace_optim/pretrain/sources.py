@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ _Bytes = BinaryIO | gzip.GzipFile
 HELD_OUT = 0.05
 STDLIB = "stdlib"
 _PIECE = 1 << 20
+_NAMES = "surrogateescape"  # of files need not be UTF-8
 _HASH_WHOLE_BELOW = 64 << 20
 _SPLIT_BY_FILE_FROM = 16
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}
@@ -70,7 +72,7 @@ def open_source(data: tuple[str, ...], text_key: str) -> Source:
 
 def fraction(name: str) -> float:
     """A number in [0, 1) that depends on the name alone, by which things are held out."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+    return int.from_bytes(blake2b(name.encode(errors=_NAMES), digest_size=8).digest(), "big") / 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,14 @@ class TextFile:
         try:
             return gzip.open(self.path) if self.name.endswith(".gz") else self.path.open("rb")
         except OSError as error:
-            raise UserError(f"--data {self.path}: cannot be read ({error.strerror})") from error
+            raise _unreadable(error) from error
+
+    def size(self) -> int:
+        """Bytes that reading it gives."""
+        if not self.name.endswith(".gz"):
+            return self.path.stat().st_size
+        with self.open() as handle:
+            return sum(map(len, iter(lambda: handle.read(_PIECE), b"")))
 
 
 def standard_library() -> list[TextFile]:
@@ -106,8 +115,16 @@ def standard_library() -> list[TextFile]:
     return files
 
 
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"--data {error.filename}: cannot be read ({error.strerror})")
+
+
+def _refuse(error: OSError) -> None:
+    raise _unreadable(error) from error
+
+
 def _walk(root: Path, skip: set[str]) -> Iterator[Path]:
-    for folder, below, names in os.walk(root):
+    for folder, below, names in os.walk(root, onerror=_refuse):
         below[:] = sorted(name for name in below if name not in skip and not name.startswith("."))
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
@@ -131,7 +148,7 @@ def _is_text(file: TextFile) -> bool:
     with file.open() as handle:
         try:
             head = handle.read(8192)
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             return False
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
@@ -162,12 +179,12 @@ class FileSource:
         digest = blake2b(f"{self.text_key} {HELD_OUT}".encode(), digest_size=16)
         for file in self.files:
             status = file.path.stat()
-            digest.update(f"\0{file.name}\0{status.st_size}\0".encode())
+            digest.update(f"\0{file.name}\0{status.st_size}\0".encode(errors=_NAMES))
             if status.st_size < _HASH_WHOLE_BELOW:
                 with file.path.open("rb") as handle:
                     digest.update(handle.read())
             else:
-                digest.update(f"{file.path.resolve()}\0{status.st_mtime_ns}".encode())
+                digest.update(f"{file.path.resolve()}\0{status.st_mtime_ns}".encode(errors=_NAMES))
         return digest.hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
@@ -176,7 +193,7 @@ class FileSource:
             with file.open() as handle:
                 try:
                     yield from self._lines(file, handle) if file.is_jsonl else self._text(file, handle)
-                except (OSError, EOFError) as error:
+                except (OSError, EOFError, zlib.error) as error:
                     raise UserError(f"--data {file.path}: cannot be read ({error})") from error
 
     def _lines(self, file: TextFile, handle: _Bytes) -> Iterator[Piece]:
@@ -192,10 +209,10 @@ class FileSource:
             )
 
     def _text(self, file: TextFile, handle: _Bytes) -> Iterator[Piece]:
-        if self._by_file or file.name.endswith(".gz"):
+        if self._by_file:
             yield from _stretch(handle, None, file.name in self._held_out)
         else:
-            size = file.path.stat().st_size
+            size = file.size()
             kept = int(size * (1 - HELD_OUT))
             yield from _stretch(handle, kept, False, to_line_end=(size - kept) // 2)
             yield from _stretch(handle, None, True)
@@ -210,7 +227,7 @@ def _text_of(row: Any, key: str, where: str) -> str:
     if not isinstance(text, str):
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else "none, as it is not an object"
         raise UserError(f"--text-key {key}: no text under it at {where}; the keys there are {keys}")
-    return text
+    return text.encode(errors="replace").decode()  # JSON can name half a character, which is none
 
 
 def _stretch(handle: _Bytes, length: int | None, held_out: bool, to_line_end: int = _PIECE) -> Iterator[Piece]:
