@@ -167,7 +167,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         demand(isinstance(stagger, bool), where, "stagger", stagger, "True or False")
         demand(is_whole(self.seed), where, "seed", seed, "an int")
         self.backend = backend
-        self._skips, self._seats = {}, {}
+        self._skips, self._seats, self._places = {}, {}, {}
         self.lows: dict[Tensor, list[Tensor]] = {}
         if backend != "auto" and backend not in select.IMPLS:
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")

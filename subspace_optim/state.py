@@ -110,6 +110,7 @@ class StatefulOptimizer(Optimizer):
     lows: dict[Tensor, list[Tensor]]
     _skips: dict[torch.device, Tensor]  # counted where the parameters are
     _seats: dict[int, Seat]  # by the id of the parameter, which another one may have had before it
+    _places: dict[int, tuple[int, int]]  # likewise: where in the groups it was found last
 
     @property
     def skipped_updates(self) -> int:
@@ -191,7 +192,11 @@ class StatefulOptimizer(Optimizer):
 
     def index_of(self, param: Tensor) -> int | None:
         """The index of the group that a tensor is in by now; None where it is in none."""
-        return next((index for _, index, _, own in self._positions() if own is param), None)
+        groups, (index, i) = self.param_groups, self._places.get(id(param), (0, 0))
+        if index < len(groups) and i < len(groups[index]["params"]) and groups[index]["params"][i] is param:
+            return index
+        self._places = {id(own): (index, i) for _, index, i, own in self._positions()}
+        return self._places.get(id(param), (None, None))[0]
 
     def name_of(self, param: Tensor) -> str:
         """What errors call a tensor of this optimizer."""
@@ -457,7 +462,7 @@ class StatefulOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.lows = {}  # of other bases
-        self._seats = {}
+        self._seats, self._places = {}, {}
         self.defaults.pop("differentiable", None)  # put there by torch; groups of a checkpoint have no such key
         for group in self.param_groups:
             for key, value in self.defaults.items():
