@@ -31,6 +31,19 @@ SSO_INLINE A adam(const Adam<A>& h, A r, A& m, A& v) {
   return m / (std::sqrt(v) * h.slope + h.floor);
 }
 
+// N = a·M + b·R, which is returned, and M ← c·M + d·R.
+template <class A>
+struct Linear {
+  A look_mean, look_low, keep_mean, keep_low;
+};
+
+template <class A>
+SSO_INLINE A linear(const Linear<A>& h, A r, A& m) {
+  const A n = h.look_mean * m + h.look_low * r;
+  m = h.keep_mean * m + h.keep_low * r;
+  return n;
+}
+
 template <class A>
 SSO_INLINE A sign(A x) {
   return static_cast<A>((x > 0) - (x < 0));

@@ -93,7 +93,7 @@ def variants(capability):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
         yield f"elementwise, noise {noise}", device.elementwise, what
         yield f"elementwise, factors, noise {noise}", device.elementwise, what | {"ADAM": False, "FACTORS": True}
-    yield "linear", device.linear, {"IN": tl.bfloat16, "TRANSFORM": "cautious", "BLOCK": kernels._BLOCK}
+    yield "linear_update", device.linear_update, {"IN": tl.bfloat16, "TRANSFORM": "cautious", "BLOCK": kernels._BLOCK}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}

@@ -133,13 +133,8 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
   if (how.advance && moments.transform == Transform::cautious) count_kept(scalars, kept);
 }
 
-// How N, and M after the step, are made of M and R.
-struct Linear {
-  float look_mean, look_low, keep_mean, keep_low;
-  Transform transform;
-};
-
-__global__ void __launch_bounds__(kThreads) linear(Group group, Type in, Linear how, Scalars* all, int64_t size) {
+__global__ void __launch_bounds__(kThreads) linear_update(Group group, Type in, Linear<float> how, Transform transform,
+                                                          Scalars* all, int64_t size) {
   Scalars& scalars = all[blockIdx.y];
   if (scalars.skip) return;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun;
@@ -153,13 +148,12 @@ __global__ void __launch_bounds__(kThreads) linear(Group group, Type in, Linear 
     read(m, count, mean);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      x[i] = turned(how.transform, how.look_mean * mean[i] + how.look_low * low[i], low[i], i < count, kept);
-      mean[i] = how.keep_mean * mean[i] + how.keep_low * low[i];
+      x[i] = turned(transform, linear(how, low[i], mean[i]), low[i], i < count, kept);
     }
     store(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
     store(m, count, mean);
   }
-  if (how.transform == Transform::cautious) count_kept(scalars, kept);
+  if (transform == Transform::cautious) count_kept(scalars, kept);
 }
 
 // N ← N / the share that cautious kept.

@@ -2,7 +2,7 @@
 
     prepare   step counts advance; bias corrections, decay and learning rate of each tensor, in float64 on the device
     dense     moments, transform and the write of the parameter, in one pass; or a part of these
-    linear    the moment and N of rules that average R or its like, and their transform
+    linear_update   likewise of rules whose moment and N are linear in R
     fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
     project   larger ranks, first half: R, in whose epilogue the moments advance
     apply     larger ranks, second half: back(N), in whose epilogue W is written
@@ -72,7 +72,7 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
     "dense": "lpliiiiiiddiliilllliipp",
-    "linear": "lpliddddipp",
+    "linear_update": "lpliddddipp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
     "apply": "lpiiiiiliilllpppp",
@@ -450,7 +450,7 @@ def linear_update_(
         return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
     scalars = _prepared(steps, None, betas=(0.0, 0.0), finite=finite)
     modes = (TYPES.index(lows[0].dtype), *look, *keep, TRANSFORMS.index(transform))
-    return _elements("linear", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
+    return _elements("linear_update", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
 
 
 def _are_float32(*columns: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from .. import _ext, ops
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, linear_update_, transform_, write_
+from .reference import back, transform_, write_
 
 __all__ = [
     "adam_update_",
@@ -96,6 +96,23 @@ def adam_update_(
     _ops.adam_update_(
         *(updates, lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside)
     )
+    return updates
+
+
+def linear_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look: tuple[float, float],
+    keep: tuple[float, float],
+    transform: str = "none",
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """R and M are read once, M and N written once."""
+    if finite is not None:
+        return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
+    updates = [torch.empty_like(m) for m in exp_avgs]
+    _ops.linear_update_(updates, lows, exp_avgs, steps, *look, *keep, TRANSFORMS.index(transform))
     return updates
 
 

@@ -423,7 +423,7 @@ def linear_update_(
     _advanced(table, count, 0.0, 0.0, finite)
     for kept, counts in _counting(transform == "cautious", out):
         _launch(
-            kernels.linear,
+            kernels.linear_update,
             (triton.cdiv(size, _BLOCK), count),
             table,
             finite,

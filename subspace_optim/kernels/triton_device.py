@@ -5,7 +5,7 @@ tensor and program_id(0) the block within it.
 
     advance      steps += 1 and their bias corrections, in float64
     elementwise  dense: moments, transform and the write of the parameter, in one pass; or a part of these
-    linear       the moment and N of rules that average R or its like, and their transform
+    linear_update   likewise of rules whose moment and N are linear in R
     fused        projected, small ranks (see FUSED_RANK): a program owns a row block of W (a column block, on the left)
                   with its rows of M and V; G is read once, W is read and written once
     project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
@@ -315,7 +315,7 @@ def elementwise(
 
 
 @triton.jit
-def linear(
+def linear_update(
     table,
     finite,
     kept,
