@@ -101,6 +101,7 @@ SSO_INLINE void narrow(float x, uint16_t noise, Bfloat16& to) {
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier2 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
 constexpr int kRounds = 10;
+constexpr uint32_t kRounding = 0, kBasis = 1;  // streams: the last word of a counter
 constexpr int kNoisePerBlock = 8;  // half-words of one block; element i is rounded by half-word i of the stream
 
 // Which elements of a whole tensor are here: Window of philox.py.

@@ -151,7 +151,7 @@ _define(
     lambda grads, dim, dtype: [grad.new_empty(grad.sum(dim, keepdim=True).shape, dtype=dtype) for grad in grads],
 )
 
-# Without a default kernel: philox.py has the words in torch ops.
+# Without a default kernel: the reference, philox.words, returns them.
 _define("words_(Tensor(a!) out, int[] seeds) -> ()", None, lambda *_: None)
 
 _define(

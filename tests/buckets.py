@@ -231,6 +231,14 @@ def assert_averages_alike(kernel, dtype, device="cpu"):
             assert error(*left) < 1e-6
 
 
+def assert_words_alike(kernel, device="cpu"):
+    """Of more seeds than a launch of CUDA's holds, some of 63 bits; of no word, and of more than a block of threads."""
+    seeds, device = [2**63 - 1 - 10**17 * i for i in range(70)], torch.device(device)
+    for count in (0, 1, 3, 1024, 5000):
+        drawn, wanted = (each.words(seeds, count, device) for each in (kernel, reference))
+        assert torch.equal(drawn, wanted)
+
+
 LINES = [((1, 9), 1), ((33, 17), 0), ((70, 270), 1), ((24, 40), 0), ((24, 40), None)]  # shapes; what factors are one of
 
 

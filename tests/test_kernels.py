@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from buckets import PARTS, assert_averages_alike, assert_scaled_alike, part_and_whole
+from buckets import PARTS, assert_averages_alike, assert_scaled_alike, assert_words_alike, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
@@ -201,6 +201,10 @@ def test_update(transform, eps_inside):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_averages(dtype):
     assert_averages_alike(native, dtype)
+
+
+def test_words():
+    assert_words_alike(native)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

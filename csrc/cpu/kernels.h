@@ -8,7 +8,6 @@
 
 namespace sso {
 
-constexpr uint32_t kRounding = 0, kBasis = 1;  // streams of random words, as in philox.py
 constexpr int64_t kChunk = 1024;  // elements worked on at a time: their buffers stay in the first-level cache
 
 enum class Dtype { float32, float64, bfloat16, float16 };

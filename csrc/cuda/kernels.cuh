@@ -54,6 +54,21 @@ __global__ void prepare(Steps steps, Schedule s, Scalars* scalars, int count) {
                 static_cast<float>(1 - rate * s.weight_decay), static_cast<uint32_t>(step), skip, -rate * s.scale, 0};
 }
 
+struct Seeds {
+  uint64_t seed[kGroup];
+};
+
+// The words of every seed by blocks of four, of which bases are drawn.
+__global__ void __launch_bounds__(kThreads) draw(Seeds seeds, int64_t* out, int64_t blocks) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (block >= blocks) return;
+  uint32_t words[4];
+  philox(seeds.seed[blockIdx.y], static_cast<uint32_t>(block), 0, kBasis, words);
+  int64_t* to = out + (blockIdx.y * blocks + block) * 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = words[i];
+}
+
 struct Sources {
   const void* data[kGroup];
   int64_t size[kGroup];

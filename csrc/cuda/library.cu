@@ -121,6 +121,17 @@ SSO_API sso_prepare(int64_t count, const uint64_t* steps, const double* rates, c
   });
 }
 
+// Words of every seed to `out` (count, blocks, 4).
+SSO_API sso_words(int64_t count, const uint64_t* seeds, int64_t blocks, int64_t* out, void* stream) {
+  if (blocks == 0) return 0;
+  return over_groups(count, [&](int members, int64_t first) {
+    Seeds group{};
+    std::copy_n(seeds + first, members, group.seed);
+    return launch(draw, grid(blocks_of(blocks, kThreads), members), kThreads, 0, stream, group, out + first * blocks * 4,
+                  blocks);
+  });
+}
+
 // The largest |x| of every tensor to `out`, which is zero before.
 SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, int type, double* out, void* stream) {
   return over_groups(count, [&](int members, int64_t first) {

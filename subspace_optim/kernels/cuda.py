@@ -54,6 +54,7 @@ __all__ = [
     "projected_adam_",
     "transform_",
     "weight_norm_adam_",
+    "words",
     "write_",
 ]
 
@@ -71,6 +72,7 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "shared_bytes": "ii",
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
+    "words": "lplpp",
     "dense": "lpliiiiiiddiliilllliipp",
     "linear_update": "lpliddddipp",
     "rescale": "lplpp",
@@ -366,6 +368,13 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     addresses = _numbers(_addresses(dense))
     sizes = (c_int64 * count)(*(grad.numel() for grad in dense))
     _launch("grad_max", device, count, addresses, sizes, TYPES.index(grads[0].dtype), out.data_ptr())
+    return out
+
+
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """See the reference, whose bits these are."""
+    out = torch.empty((len(seeds), (count + 3) // 4, 4), dtype=torch.int64, device=device)
+    _launch("words", device, len(seeds), _numbers(seeds), out.shape[1], out.data_ptr())
     return out
 
 

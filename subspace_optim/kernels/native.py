@@ -29,6 +29,7 @@ __all__ = [
     "projected_adam_",
     "transform_",
     "weight_norm_adam_",
+    "words",
     "write_",
 ]
 
@@ -293,6 +294,13 @@ def coded_adam_(
 def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """The bits of the reference, in one pass."""
     _ops.decode_(xs, codes, scales, table, axis)
+
+
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """The words of philox.py, as the loops that round parameters make them."""
+    out = torch.empty((len(seeds), (count + 3) // 4, 4), dtype=torch.int64, device=device)
+    _ops.words_(out, list(seeds))
+    return out
 
 
 def _written(params: Iterable[Tensor]) -> None:
