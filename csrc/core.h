@@ -31,6 +31,19 @@ SSO_INLINE A adam(const Adam<A>& h, A r, A& m, A& v) {
   return m / (std::sqrt(v) * h.slope + h.floor);
 }
 
+// N = a·M + b·R, which is returned, and M ← c·M + d·R.
+template <class A>
+struct Linear {
+  A look_mean, look_low, keep_mean, keep_low;
+};
+
+template <class A>
+SSO_INLINE A linear(const Linear<A>& h, A r, A& m) {
+  const A n = h.look_mean * m + h.look_low * r;
+  m = h.keep_mean * m + h.keep_low * r;
+  return n;
+}
+
 template <class A>
 SSO_INLINE A sign(A x) {
   return static_cast<A>((x > 0) - (x < 0));
@@ -88,6 +101,7 @@ SSO_INLINE void narrow(float x, uint16_t noise, Bfloat16& to) {
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier2 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
 constexpr int kRounds = 10;
+constexpr uint32_t kRounding = 0, kBasis = 1;  // streams: the last word of a counter
 constexpr int kNoisePerBlock = 8;  // half-words of one block; element i is rounded by half-word i of the stream
 
 // Which elements of a whole tensor are here: Window of philox.py.

@@ -181,7 +181,7 @@ def coding_error(kind: storage.Kind, bits: int) -> float:
     """Share of the energy of normally distributed numbers (unsigned: of their squares) that a code of `bits` loses."""
     if bits == 32:
         return 0.0
-    x = philox.normal([0], (64, BLOCK), torch.device("cpu"))[0].float()
+    x = philox.normal(philox.words([0], 64 * BLOCK, torch.device("cpu")), (64, BLOCK))[0].float()
     x = x.square() if kind == "unsigned" else x
     codec = storage.Codec(kind, bits, -1, BLOCK)
     codes, scales = codec.shapes(x.shape)

@@ -80,6 +80,30 @@ _define(
     lambda *_: None,
 )
 
+
+def _linear_update_(
+    updates: list[Tensor],
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look_mean: float,
+    look_low: float,
+    keep_mean: float,
+    keep_low: float,
+    transform: int,
+) -> None:
+    look, keep = (look_mean, look_low), (keep_mean, keep_low)
+    found = reference.linear_update_(lows, exp_avgs, steps, look, keep, TRANSFORMS[transform])
+    torch._foreach_copy_(updates, found)
+
+
+_define(
+    "linear_update_(Tensor(a!)[] updates, Tensor[] lows, Tensor(b!)[] exp_avgs, Tensor(c!)[] steps, float look_mean, "
+    "float look_low, float keep_mean, float keep_low, int transform) -> ()",
+    _linear_update_,
+    lambda *_: None,
+)
+
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
     "float weight_decay, float scale, int side, bool sign, int[] window, Tensor[] factors, int products=0) -> ()",
@@ -127,7 +151,7 @@ _define(
     lambda grads, dim, dtype: [grad.new_empty(grad.sum(dim, keepdim=True).shape, dtype=dtype) for grad in grads],
 )
 
-# Without a default kernel: philox.py has the words in torch ops.
+# Without a default kernel: the reference, philox.words, returns them.
 _define("words_(Tensor(a!) out, int[] seeds) -> ()", None, lambda *_: None)
 
 _define(

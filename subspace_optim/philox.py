@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _ext
-
 _MASK = 0xFFFFFFFF
 _ROUNDING, _BASIS = 0, 1  # streams: the last counter word
 _Word = TypeVar("_Word", int, Tensor)
@@ -68,38 +66,28 @@ def _rounds(seed: Any, x0: _Word, x1: _Word, x2: _Word, x3: _Word) -> tuple[_Wor
     return x0, x1, x2, x3
 
 
-def normal(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal numbers of every seed in float64 (Box–Muller), so that float32 hides the devices' libm."""
-    middles = _blocks(seeds, math.prod(shape), device).double().add_(0.5)
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """At least `count` 32-bit words of every seed by blocks of four, int64, (len(seeds), blocks, 4)."""
+    counters = torch.arange((count + 3) // 4, device=device)
+    return philox(integers(seeds, device).unsqueeze(-1), counters, 0, 0, _BASIS).movedim(0, -1)
+
+
+def normal(words: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers of every seed's words, float64 (Box–Muller), so that float32 hides the devices' libm."""
+    middles = words.double().add_(0.5)
     radius = middles.narrow(-1, 0, 2).mul(2.0**-32).log_().mul_(-2).sqrt_()
     angle = middles.narrow(-1, 2, 2).mul(2 * math.pi * 2.0**-32)
     return _cut(torch.cat((angle.cos().mul_(radius), angle.sin_().mul_(radius)), dim=-1), shape)
 
 
-def signs(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """±1 of every seed with equal chance, in float64."""
-    return _cut((_blocks(seeds, math.prod(shape), device) & 1).mul_(2).sub_(1), shape).double()
-
-
-def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """32-bit words of every seed, shape (len(seeds), count)."""
-    return _cut(_blocks(seeds, count, device), (count,))
+def signs(words: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """±1 of every seed's words with equal chance, in float64."""
+    return _cut((words & 1).mul_(2).sub_(1), shape).double()
 
 
 def _cut(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
     """As many numbers of every seed's blocks as the shape has."""
     return blocks.flatten(1)[:, : math.prod(shape)].reshape(len(blocks), *shape)
-
-
-def _blocks(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """Words of every seed by blocks of four, (len(seeds), blocks, 4)."""
-    blocks = (count + 3) // 4
-    if device.type == "cpu" and _ext.load() is None:
-        out = torch.empty((len(seeds), blocks, 4), dtype=torch.int64, device=device)
-        torch.ops.subspace_optim.words_(out, list(seeds))
-        return out
-    counters = torch.arange(blocks, device=device)
-    return philox(integers(seeds, device).unsqueeze(-1), counters, 0, 0, _BASIS).movedim(0, -1)
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ c = Q_oldᵀ Q_new, by which the rule carries its moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import RLock
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import philox
 from .distributed import WHOLE, Sharding
 from .hyperparameters import are_betas, demand, is_number, is_whole
-from .kernels import reference
+from .kernels import reference, select
 from .types import Bases, Bucket, Change, Plan, Side, State, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
@@ -182,7 +182,7 @@ class SVD(Projector):
         start = sharding.gather(torch.stack(olds), axes)
         _, d, r = start.shape
         if cold:
-            start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), start.device, start.dtype))
+            start[cold] = torch.stack(random_bases([seeds[i] for i in cold], (d, r), plan.whole))
         # Gᵀ G squares the scale of G, which may itself be far from 1.
         least = torch.finfo(start.dtype).tiny  # the inverse of a smaller one would be infinite
         peaks = torch.stack([peak(g, start.dtype) for g in grads])
@@ -282,19 +282,16 @@ class RandomProjection(Projector):
     def generate(self, plan: Plan, seeds: Sequence[int]) -> list[Bases]:
         """The bases of every seed, the same on every device."""
         columns = [
-            self._draw([philox.mix(seed, 2 + i) for seed in seeds], shape, plan.device, plan.state_dtype)
+            self._draw([philox.mix(seed, 2 + i) for seed in seeds], shape, plan)
             for i, shape in enumerate(plan.basis_shapes)
         ]
         return list(zip(*columns, strict=True))
 
-    def _draw(
-        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-    ) -> list[Tensor]:
+    def _draw(self, seeds: Sequence[int], shape: tuple[int, ...], plan: Plan) -> list[Tensor]:
         if self.kind == "orthonormal":
-            return random_bases(seeds, shape, device, dtype)
+            return random_bases(seeds, shape, plan)
         draw = philox.signs if self.kind == "rademacher" else philox.normal
-        parts = (draw(at, shape, device).mul_(shape[-1] ** -0.5) for at in _parts(seeds, shape, device))
-        return [q for part in parts for q in part.to(dtype).unbind()]
+        return _drawn(lambda words: draw(words, shape).mul_(shape[-1] ** -0.5), math.prod(shape), seeds, shape, plan)
 
 
 @contextmanager
@@ -330,28 +327,29 @@ def exact_products() -> Iterator[None]:
         leave()  # for one that a Ctrl-C cut short
 
 
-def random_bases(
-    seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> list[Tensor]:
+def random_bases(seeds: Sequence[int], shape: tuple[int, ...], plan: Plan) -> list[Tensor]:
     """Orthonormal (d, r): random columns of the discrete cosine transform, its rows under random signs, in float64.
 
     Ten times cheaper than to orthonormalise Gaussian columns, and as good a sketch (arXiv 0909.4061, 4.6).
     """
-    return [q for at in _parts(seeds, shape, device) for q in _random_bases(at, shape, device).to(dtype).unbind()]
-
-
-def _random_bases(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
     d, r = shape
-    words = philox.words(seeds, 2 * d, device)
-    signs = (words[:, :d] & 1).mul(2).sub(1).double()
-    columns = words[:, d:].argsort(stable=True)[:, :r].double()
-    return _cosines(columns, d).mul_(signs.unsqueeze(-1))
+
+    def basis(words: Tensor) -> Tensor:
+        words = words.flatten(1)
+        columns = words[:, d : 2 * d].argsort(stable=True)[:, :r].double()
+        return _cosines(columns, d).mul_(philox.signs(words, (d, 1)))
+
+    return _drawn(basis, 2 * d, seeds, shape, plan)
 
 
-def _parts(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Iterator[Sequence[int]]:
-    """Seeds whose bases are drawn at once: on a CPU a basis in the cache, on a GPU few launches."""
-    at_once = 1 if device.type == "cpu" else max(1, _DRAWN // math.prod(shape))
-    return (seeds[begin : begin + at_once] for begin in range(0, len(seeds), at_once))
+def _drawn(
+    make: Callable[[Tensor], Tensor], count: int, seeds: Sequence[int], shape: tuple[int, ...], plan: Plan
+) -> list[Tensor]:
+    """What `make` makes of `count` words of every seed: on a CPU a basis in the cache, on a GPU in few launches."""
+    kernel = select.resolve("auto", plan)
+    at_once = 1 if plan.device.type == "cpu" else max(1, _DRAWN // math.prod(shape))
+    parts = (seeds[begin : begin + at_once] for begin in range(0, len(seeds), at_once))
+    return [q for part in parts for q in make(kernel.words(part, count, plan.device)).to(plan.state_dtype).unbind()]
 
 
 def _cosines(k: Tensor, d: int) -> Tensor:

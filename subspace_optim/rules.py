@@ -97,7 +97,7 @@ class Rule:
         return kernel.project(bucket.grads, flat(bucket.bases), bucket.plan.side, bucket.plan.state_dtype)
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
-        """From R to N; `lows` may be the gradients themselves and must not be written."""
+        """From R to N; `lows` may be the gradients themselves, in their own dtype, and must not be written."""
         raise NotImplementedError
 
     def apply_(

@@ -214,8 +214,9 @@ def assert_compensated_alike(kernel, dtype, *whats, device="cpu"):
 def assert_averages_alike(kernel, dtype, device="cpu"):
     """N, M and step counts after linear_update_, of gradients of this dtype; what is not finite is left alone."""
     look, keep = (0.9, -0.25), (0.8, 1.0)
-    for shape in ((), (7,), (33, 17), (2, 1500)):
+    for shape in ((), (0,), (7,), (33, 17), (2, 1500)):
         _, lows, means, *_, steps = bucket(shape, None, None, dtype, count=3, device=device)
+        means = [mean.to(torch.promote_types(dtype, torch.float32)) for mean in means]
         for transform in TRANSFORMS:
 
             def step(each, own, flags, transform=transform):
@@ -228,6 +229,14 @@ def assert_averages_alike(kernel, dtype, device="cpu"):
             assert unharmed()
             left = assert_left_alone((means, [low.clone() for low in lows], steps), step, kernel, reference)
             assert error(*left) < 1e-6
+
+
+def assert_words_alike(kernel, device="cpu"):
+    """Of more seeds than a launch of CUDA's holds, some of 63 bits; of no word, and of more than a block of threads."""
+    seeds, device = [2**63 - 1 - 10**17 * i for i in range(70)], torch.device(device)
+    for count in (0, 1, 3, 1024, 5000):
+        drawn, wanted = (each.words(seeds, count, device) for each in (kernel, reference))
+        assert torch.equal(drawn, wanted)
 
 
 LINES = [((1, 9), 1), ((33, 17), 0), ((70, 270), 1), ((24, 40), 0), ((24, 40), None)]  # shapes; what factors are one of

@@ -17,6 +17,7 @@ from buckets import (
     assert_compensated_alike,
     assert_left_alone,
     assert_scaled_alike,
+    assert_words_alike,
     bucket,
     coded_bucket,
     error,
@@ -208,6 +209,10 @@ def test_adam_update(transform, eps_inside):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_averages(dtype):
     assert_averages_alike(kernels, dtype)
+
+
+def test_words():
+    assert_words_alike(kernels)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES[:5], SHAPES[-1]], ids=str)

@@ -162,7 +162,7 @@ def test_mixed_seeds_are_philox_words_and_all_different():
 def test_moments_of_normal_numbers():
     """n = 2¹⁸: each moment within five of its deviations √(Var/n), from the moments of N(0, 1)."""
     n = 2**18
-    x = philox.normal([3], (n,), CPU)[0]
+    x = philox.normal(philox.words([3], n, CPU), (n,))[0]
     assert x.dtype == torch.float64
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((x**power).mean().item() - mean) < 5 * math.sqrt(variance / n)
@@ -172,24 +172,23 @@ def test_moments_of_normal_numbers():
 
 def test_signs_are_fair_and_independent():
     n = 2**18
-    x = philox.signs([3], (n,), CPU)[0]
+    x = philox.signs(philox.words([3], n, CPU), (n,))[0]
     assert set(x.tolist()) == {-1.0, 1.0}
     for shifted in (torch.ones(n), x.roll(1), x.roll(2), x.roll(4)):
         assert abs((x * shifted).mean().item()) < 5 / math.sqrt(n)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 1024, 5000])
-def test_words_of_the_cpu_are_those_of_the_counters(count):
-    """Of several seeds, one of 63 bits; where the native kernels draw them, a chunk of theirs is 1024."""
+def test_words_are_those_of_the_counters(count):
+    """Of several seeds, one of 63 bits."""
     seeds = [0, 5, 2**63 - 1]
-    drawn = philox.words(seeds, count, CPU)
-    for seed, row in zip(seeds, drawn, strict=True):
-        blocks = philox.philox(seed, torch.arange(-(-count // 4)), 0, 0, 1)  # (4, blocks)
-        assert torch.equal(row, blocks.T.reshape(-1)[:count])
+    for seed, row in zip(seeds, philox.words(seeds, count, CPU), strict=True):
+        assert torch.equal(row, philox.philox(seed, torch.arange(-(-count // 4)), 0, 0, 1).T)  # (blocks, 4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_numbers_do_not_depend_on_how_many_are_drawn(count):
     """A shape is filled in order, whatever its size is modulo the four words of a block."""
     for draw in (philox.normal, philox.signs):
-        assert torch.equal(draw([1], (count,), CPU)[0], draw([1], (4, 3), CPU).view(-1)[:count])
+        few, more = (draw(philox.words([1], math.prod(shape), CPU), shape) for shape in ((count,), (4, 3)))
+        assert torch.equal(few[0], more.view(-1)[:count])

@@ -21,6 +21,7 @@ from buckets import (
     assert_compensated_alike,
     assert_left_alone,
     assert_scaled_alike,
+    assert_words_alike,
     bucket,
     coded_bucket,
     error,
@@ -263,6 +264,10 @@ def test_adam_update(dtype, transform, eps_inside):
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 def test_averages(dtype):
     assert_averages_alike(kernels, dtype)
+
+
+def test_words():
+    assert_words_alike(kernels)
 
 
 def test_first_steps_and_zero_gradients():

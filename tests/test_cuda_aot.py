@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the
 
 # Bytes of shared memory that a block may opt in to (NVIDIA's tables).
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
-# project, project_tangents, apply, fused, blend, project_normalised of every side and type; prepare, absmax, dense,
-# linear, rescale; lengths, factors; square_sums, averages, normalisers, clip; encode, decode, coded
-KERNELS = 6 * 2 * 3 + 5 + 2 + 4 + 3
+# project, project_tangents, apply, fused, blend, project_normalised of every side and type; prepare, draw, absmax,
+# dense, linear_update, rescale; lengths, factors; square_sums, averages, normalisers, clip; encode, decode, coded
+KERNELS = 6 * 2 * 3 + 6 + 2 + 4 + 3
 REGISTERS = 128  # of 65536: two blocks of 256 threads on a multiprocessor, so that one multiplies while one waits
 COMPILED = re.compile(
     r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

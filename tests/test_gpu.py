@@ -11,6 +11,7 @@ from buckets import (
     assert_codes_alike,
     assert_compensated_alike,
     assert_scaled_alike,
+    assert_words_alike,
     bucket,
     coded_bucket,
     error,
@@ -235,6 +236,10 @@ def test_whole_gradients_beside_a_compressed_momentum(side, transform, kernels):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_averages(dtype, kernels):
     assert_averages_alike(kernels, dtype, device=GPU)
+
+
+def test_words(kernels):
+    assert_words_alike(kernels, device=GPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from buckets import PARTS, assert_scaled_alike, part_and_whole
+from buckets import PARTS, assert_averages_alike, assert_scaled_alike, assert_words_alike, part_and_whole
 from cases import METHODS
 
 import subspace_optim as so
@@ -196,6 +196,15 @@ def test_update(transform, eps_inside):
         updates = kernel.adam_update_(lists.grads, *state, 0.9, 0.99, 1e-2, transform, eps_inside)
         results.append([*updates, *state[0], *state[1]])
     assert distance(*results) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_averages(dtype):
+    assert_averages_alike(native, dtype)
+
+
+def test_words():
+    assert_words_alike(native)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -485,6 +494,10 @@ def arguments(name, lists, transform="none"):
             *([m.clone() for m in lists.exp_avgs], [m.clone() for m in lists.exp_avgs], lists.exp_avgs),
             *(lists.exp_avg_sqs, lists.steps, 0.9, 0.99, 1e-8, kind, False),
         ),
+        "linear_update_": (
+            *([m.clone() for m in lists.exp_avgs], [m.clone() for m in lists.exp_avgs], lists.exp_avgs),
+            *(lists.steps, 0.9, -0.25, 0.8, 1.0, kind),
+        ),
         "apply_": (
             *(lists.params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side),
             *(False, philox.ALL, []),
@@ -514,7 +527,7 @@ OF_MATRICES = ("line_norms", "weight_norm_adam_", "compressed_adafactor_")
     ("name", "side"),
     [
         (name, side)
-        for name in ("grad_max", "project", "adam_update_", "apply_", "projected_adam_", *OF_MATRICES)
+        for name in ("grad_max", "project", "adam_update_", "linear_update_", "apply_", "projected_adam_", *OF_MATRICES)
         for side in (None, *SIDES)
         if side or name not in ("project", *OF_MATRICES)
     ],

@@ -33,7 +33,8 @@ INTEGERS = ("size", "m", "n", "rank", "count", "columns", "pitch")
 INTEGERS += ("width", "row_step", "column_step")
 TYPES = {"table": "*i64", "finite": "*i1", "corrections": "*fp32", "lr": "fp32"} | dict.fromkeys(INTEGERS, "i32")
 FLOATS = ("signed", "unsigned", "lengths", "numbers", "squares", "clips", "sums", "row_sums", "column_sums")
-TYPES |= {"kept": "*i64", "tiles": "i32"} | dict.fromkeys(FLOATS, "*fp32")
+TYPES |= dict.fromkeys(("kept", "out", "seeds"), "*i64") | {"blocks": "i32", "tiles": "i32"}
+TYPES |= dict.fromkeys(FLOATS, "*fp32")
 STRIDES = tuple(f"{tensor}_{dim}" for tensor in ("x", "code", "scale") for dim in ("row", "column"))
 TYPES |= {"values": "*fp32", "begin": "i64", "origin": "i64", "length": "i32"} | dict.fromkeys(STRIDES, "i32")
 COMMON = {
@@ -54,7 +55,7 @@ COMMON = {
 }
 OPERANDS = {"bf16": tl.bfloat16, "tf32x3": tl.float32}
 WIDE_ACCESS = re.compile(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]+\], \[[^]]+\], 0x10")  # 16 bytes
-NARROW = ("advance", "averages", "normalisers", "clip", "decode, packed True")  # of a few numbers, or of half bytes
+NARROW = ("words", "advance", "averages", "normalisers", "clip", "decode, packed True")  # few numbers, or half bytes
 SAME_CODE = (86, 89)  # as for 80, but for the limits: the mirrored sides are not compiled again
 
 
@@ -88,12 +89,13 @@ def compiled(kernel, capability, folder, warps=4, stages=3, aligned=True, rows=F
 def variants(capability):
     """(name, kernel, its arguments): the widest tile of every kernel, for both precisions and sides."""
     yield "advance", device.advance, {"BLOCK": 128}
+    yield "words", device.words, {"BLOCK": kernels._DRAWN}
     elements = {"OUT": tl.bfloat16, "IN": tl.bfloat16, "GRAMS": False, "CAUTIOUS": True}
     for noise in (8, 1, -1):
         what = elements | {"NOISE": noise, "BLOCK": kernels._BLOCK}
         yield f"elementwise, noise {noise}", device.elementwise, what
         yield f"elementwise, factors, noise {noise}", device.elementwise, what | {"ADAM": False, "FACTORS": True}
-    yield "linear", device.linear, {"IN": tl.bfloat16, "TRANSFORM": "cautious", "BLOCK": kernels._BLOCK}
+    yield "linear_update", device.linear_update, {"IN": tl.bfloat16, "TRANSFORM": "cautious", "BLOCK": kernels._BLOCK}
     if capability not in SAME_CODE:
         for packed in (False, True):  # by rows
             tile = {"PACKED": packed, "ROWS": kernels._CODED // BLOCK, "BLOCK": BLOCK, "NOISE": 8, "TINY": 1e-38}

@@ -8,7 +8,6 @@
 
 namespace sso {
 
-constexpr uint32_t kRounding = 0, kBasis = 1;  // streams of random words, as in philox.py
 constexpr int64_t kChunk = 1024;  // elements worked on at a time: their buffers stay in the first-level cache
 
 enum class Dtype { float32, float64, bfloat16, float16 };
@@ -53,7 +52,9 @@ struct Kernels {
   // By Transform. Advances the moments and writes N: where R stood if that is `n`, nowhere if it is null. Returns how
   // many elements "cautious" kept.
   int64_t (*adam[3])(const Adam<A>&, Source r, A* m, A* v, A* n, int64_t begin, int64_t end);
-  // By Transform. The same for a dense tensor, and N goes into the parameter at once. "cautious" finds its moments
+  // By Transform. The same of other rules.
+  int64_t (*linear[3])(const Linear<A>&, Source r, A* m, A* n, int64_t begin, int64_t end);
+  // By Transform. As Adam's for a dense tensor, and N goes into the parameter at once. "cautious" finds its moments
   // advanced, since its scale is known only after a first pass.
   void (*step[3])(const Adam<A>&, Source r, A* m, A* v, const Target<A>&, int64_t begin, int64_t end);
   // U, or its sign; it holds the elements of the target from `first` on.

@@ -624,6 +624,15 @@ Tensors project_op(Tensors grads, Tensors bases, int64_t side, ScalarType dtype,
   return lows;
 }
 
+// n ← factor·n.
+template <class A>
+void multiply(A* n, double factor, int64_t count) {
+  if (factor == 1) return;
+  over_chunks(count, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) n[i] *= static_cast<A>(factor);
+  });
+}
+
 void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, double beta1,
                     double beta2, double eps, int64_t transform, bool eps_inside) {
   check(updates.size() == lows.size() && exp_avgs.size() == lows.size());
@@ -638,14 +647,36 @@ void adam_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors exp
       const int64_t count = update.memory.numel();
       STD_TORCH_CHECK(count == lows[i].numel(), "an update must have the shape of its gradient");
       const int64_t kept = adam<A>(options.transform, h, readable<A>(lows[i]), m.memory, v.memory, n);
-      if (const double scale = cautious_scale(options.transform, kept, count); scale != 1) {
-        over_chunks(count, [&](int64_t begin, int64_t end) {
-          for (int64_t j = begin; j < end; ++j) n[j] *= static_cast<A>(scale);
-        });
-      }
+      multiply(n, cautious_scale(options.transform, kept, count), count);
       update.finish();
       m.finish();
       v.finish();
+    });
+  }
+}
+
+void linear_update_op(Tensors updates, Tensors lows, Tensors exp_avgs, Tensors steps, double look_mean, double look_low,
+                      double keep_mean, double keep_low, int64_t transform) {
+  check(updates.size() == lows.size() && exp_avgs.size() == lows.size() && steps.size() == lows.size());
+  const Transform kind = transform_of(transform);
+  for (size_t i = 0; i < lows.size(); ++i) {
+    with_type_of(exp_avgs[i], [&](auto zero) {
+      using A = decltype(zero);
+      const Linear<A> h{static_cast<A>(look_mean), static_cast<A>(look_low), static_cast<A>(keep_mean),
+                        static_cast<A>(keep_low)};
+      increment(steps[i]);
+      Written update(updates[i]), m(exp_avgs[i]);
+      const Tensor low = readable<A>(lows[i]);
+      const Source r = source(low);
+      A *n = update.memory.template mutable_data_ptr<A>(), *mean = m.memory.template mutable_data_ptr<A>();
+      const int64_t count = low.numel();
+      STD_TORCH_CHECK(count == m.memory.numel() && count == update.memory.numel(), "moments must have the shape of R");
+      std::atomic<int64_t> kept = 0;
+      const auto loop = kernels().of<A>().linear[static_cast<int>(kind)];
+      over_chunks(count, [&](int64_t begin, int64_t end) { kept += loop(h, r, mean, n, begin, end); });
+      multiply(n, cautious_scale(kind, kept, count), count);
+      update.finish();
+      m.finish();
     });
   }
 }
@@ -950,6 +981,7 @@ STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CompositeExplicitAutograd, m) { m.impl
 STABLE_TORCH_LIBRARY_IMPL(subspace_optim, CPU, m) {
   m.impl("project", TORCH_BOX(&sso::project_op));
   m.impl("adam_update_", TORCH_BOX(&sso::adam_update_op));
+  m.impl("linear_update_", TORCH_BOX(&sso::linear_update_op));
   m.impl("apply_", TORCH_BOX(&sso::apply_op));
   m.impl("projected_adam_", TORCH_BOX(&sso::projected_adam_op));
   m.impl("weight_norm_adam_", TORCH_BOX(&sso::weight_norm_adam_op));

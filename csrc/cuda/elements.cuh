@@ -72,9 +72,9 @@ SSO_DEVICE void with_type(Type type, const F& f) {
 
 // ---- rounding noise -------------------------------------------------------------------------------------------------
 
-// The words of the counter (block, step, 0, 0).
-SSO_DEVICE void philox(uint64_t seed, uint32_t block, uint32_t step, uint32_t* words) {
-  uint32_t x0 = block, x1 = step, x2 = 0, x3 = 0;
+// The words of the counter (block, step, 0, stream).
+SSO_DEVICE void philox(uint64_t seed, uint32_t block, uint32_t step, uint32_t stream, uint32_t* words) {
+  uint32_t x0 = block, x1 = step, x2 = 0, x3 = stream;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
@@ -90,9 +90,9 @@ SSO_DEVICE void philox(uint64_t seed, uint32_t block, uint32_t step, uint32_t* w
 // The half-words of the elements [first, first + 8), two a word; where they straddle two blocks, shifted into place.
 SSO_DEVICE void noise(uint64_t seed, uint32_t step, int64_t first, uint32_t (&words)[8]) {
   const uint32_t block = static_cast<uint32_t>(first / kNoisePerBlock), shift = first % kNoisePerBlock;
-  philox(seed, block, step, words);
+  philox(seed, block, step, kRounding, words);
   if (shift == 0) return;
-  philox(seed, block + 1, step, words + 4);
+  philox(seed, block + 1, step, kRounding, words + 4);
 #pragma unroll
   for (int i = 0; i < 6; ++i) words[i] = shift & 4 ? words[i + 2] : words[i];
 #pragma unroll

@@ -54,6 +54,21 @@ __global__ void prepare(Steps steps, Schedule s, Scalars* scalars, int count) {
                 static_cast<float>(1 - rate * s.weight_decay), static_cast<uint32_t>(step), skip, -rate * s.scale, 0};
 }
 
+struct Seeds {
+  uint64_t seed[kGroup];
+};
+
+// The words of every seed by blocks of four, of which bases are drawn.
+__global__ void __launch_bounds__(kThreads) draw(Seeds seeds, int64_t* out, int64_t blocks) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (block >= blocks) return;
+  uint32_t words[4];
+  philox(seeds.seed[blockIdx.y], static_cast<uint32_t>(block), 0, kBasis, words);
+  int64_t* to = out + (blockIdx.y * blocks + block) * 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[i] = words[i];
+}
+
 struct Sources {
   const void* data[kGroup];
   int64_t size[kGroup];
@@ -133,13 +148,8 @@ __global__ void __launch_bounds__(kThreads) dense(Group group, Dense how, Moment
   if (how.advance && moments.transform == Transform::cautious) count_kept(scalars, kept);
 }
 
-// How N, and M after the step, are made of M and R.
-struct Linear {
-  float look_mean, look_low, keep_mean, keep_low;
-  Transform transform;
-};
-
-__global__ void __launch_bounds__(kThreads) linear(Group group, Type in, Linear how, Scalars* all, int64_t size) {
+__global__ void __launch_bounds__(kThreads) linear_update(Group group, Type in, Linear<float> how, Transform transform,
+                                                          Scalars* all, int64_t size) {
   Scalars& scalars = all[blockIdx.y];
   if (scalars.skip) return;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kRun;
@@ -153,13 +163,12 @@ __global__ void __launch_bounds__(kThreads) linear(Group group, Type in, Linear 
     read(m, count, mean);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      x[i] = turned(how.transform, how.look_mean * mean[i] + how.look_low * low[i], low[i], i < count, kept);
-      mean[i] = how.keep_mean * mean[i] + how.keep_low * low[i];
+      x[i] = turned(transform, linear(how, low[i], mean[i]), low[i], i < count, kept);
     }
     store(static_cast<float*>(group.out[blockIdx.y]) + first, count, x);
     store(m, count, mean);
   }
-  if (how.transform == Transform::cautious) count_kept(scalars, kept);
+  if (transform == Transform::cautious) count_kept(scalars, kept);
 }
 
 // N ← N / the share that cautious kept.

@@ -121,6 +121,17 @@ SSO_API sso_prepare(int64_t count, const uint64_t* steps, const double* rates, c
   });
 }
 
+// Words of every seed to `out` (count, blocks, 4).
+SSO_API sso_words(int64_t count, const uint64_t* seeds, int64_t blocks, int64_t* out, void* stream) {
+  if (blocks == 0) return 0;
+  return over_groups(count, [&](int members, int64_t first) {
+    Seeds group{};
+    std::copy_n(seeds + first, members, group.seed);
+    return launch(draw, grid(blocks_of(blocks, kThreads), members), kThreads, 0, stream, group, out + first * blocks * 4,
+                  blocks);
+  });
+}
+
 // The largest |x| of every tensor to `out`, which is zero before.
 SSO_API sso_grad_max(int64_t count, const uint64_t* data, const int64_t* sizes, int type, double* out, void* stream) {
   return over_groups(count, [&](int members, int64_t first) {
@@ -153,16 +164,16 @@ SSO_API sso_dense(int64_t count, const uint64_t* table, int64_t size, int in, in
   });
 }
 
-// R of `type`, and the moments it is combined with, to N in float32. See Linear.
-SSO_API sso_linear(int64_t count, const uint64_t* table, int64_t size, int type, double look_mean, double look_low,
-                   double keep_mean, double keep_low, int transform, void* scalars, void* stream) {
+// R of `type` to N in float32, by what Linear says; the moments advance.
+SSO_API sso_linear_update(int64_t count, const uint64_t* table, int64_t size, int type, double look_mean, double look_low,
+                          double keep_mean, double keep_low, int transform, void* scalars, void* stream) {
   if (size == 0) return 0;
-  const Linear how{static_cast<float>(look_mean), static_cast<float>(look_low), static_cast<float>(keep_mean),
-                   static_cast<float>(keep_low), static_cast<Transform>(transform)};
+  const Linear<float> how{static_cast<float>(look_mean), static_cast<float>(look_low), static_cast<float>(keep_mean),
+                          static_cast<float>(keep_low)};
   return over_groups(count, [&](int members, int64_t first) {
-    return launch(linear, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
+    return launch(linear_update, grid(blocks_of(size, kThreads * kRun), members), kThreads, 0, stream,
                   group_of(table, count, members, first), static_cast<Type>(type), how,
-                  static_cast<Scalars*>(scalars) + first, size);
+                  static_cast<Transform>(transform), static_cast<Scalars*>(scalars) + first, size);
   });
 }
 

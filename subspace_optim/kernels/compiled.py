@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.dlpack import from_dlpack
 
-from ..philox import ALL, Window, stochastic_round_
+from ..philox import ALL, Window, stochastic_round_, words
 from ..types import Plan, Side
 from . import reference
 from .reference import (
@@ -56,6 +56,7 @@ __all__ = [
     "project",
     "projected_adam_",
     "transform_",
+    "words",
     "write_",
 ]
 

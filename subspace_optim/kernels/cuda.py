@@ -2,7 +2,7 @@
 
     prepare   step counts advance; bias corrections, decay and learning rate of each tensor, in float64 on the device
     dense     moments, transform and the write of the parameter, in one pass; or a part of these
-    linear    the moment and N of rules that average R or its like, and their transform
+    linear_update   likewise of rules whose moment and N are linear in R
     fused     projected, ranks up to FUSED_RANK: G is read once, W read and written once, R and N never reach memory
     project   larger ranks, first half: R, in whose epilogue the moments advance
     apply     larger ranks, second half: back(N), in whose epilogue W is written
@@ -54,6 +54,7 @@ __all__ = [
     "projected_adam_",
     "transform_",
     "weight_norm_adam_",
+    "words",
     "write_",
 ]
 
@@ -71,8 +72,9 @@ _FUNCTIONS = {  # csrc/cuda/library.cu; the last argument of those with a `p` th
     "shared_bytes": "ii",
     "prepare": "lpppiipidddiddpp",
     "grad_max": "lppipp",
+    "words": "lplpp",
     "dense": "lpliiiiiiddiliilllliipp",
-    "linear": "lpliddddipp",
+    "linear_update": "lpliddddipp",
     "rescale": "lplpp",
     "project": "lpiiiiiiiddipp",
     "apply": "lpiiiiiliilllpppp",
@@ -369,6 +371,13 @@ def grad_max(grads: list[Tensor]) -> Tensor:
     return out
 
 
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """See the reference, whose bits these are."""
+    out = torch.empty((len(seeds), (count + 3) // 4, 4), dtype=torch.int64, device=device)
+    _launch("words", device, len(seeds), _numbers(seeds), out.shape[1], out.data_ptr())
+    return out
+
+
 def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
     """See the reference; G is read once for all of the bucket."""
     if dtype != torch.float32 or not _fits(grads):
@@ -450,7 +459,7 @@ def linear_update_(
         return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
     scalars = _prepared(steps, None, betas=(0.0, 0.0), finite=finite)
     modes = (TYPES.index(lows[0].dtype), *look, *keep, TRANSFORMS.index(transform))
-    return _elements("linear", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
+    return _elements("linear_update", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
 
 
 def _are_float32(*columns: Sequence[Tensor]) -> bool:

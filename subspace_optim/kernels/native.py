@@ -12,7 +12,7 @@ from .. import _ext, ops
 from ..philox import ALL, Window
 from ..types import TRANSFORMS, Plan, Side
 from . import reference
-from .reference import back, linear_update_, transform_, write_
+from .reference import back, transform_, write_
 
 __all__ = [
     "adam_update_",
@@ -29,6 +29,7 @@ __all__ = [
     "projected_adam_",
     "transform_",
     "weight_norm_adam_",
+    "words",
     "write_",
 ]
 
@@ -96,6 +97,23 @@ def adam_update_(
     _ops.adam_update_(
         *(updates, lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside)
     )
+    return updates
+
+
+def linear_update_(
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    steps: list[Tensor],
+    look: tuple[float, float],
+    keep: tuple[float, float],
+    transform: str = "none",
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """R and M are read once, M and N written once."""
+    if finite is not None:
+        return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
+    updates = [torch.empty_like(m) for m in exp_avgs]
+    _ops.linear_update_(updates, lows, exp_avgs, steps, *look, *keep, TRANSFORMS.index(transform))
     return updates
 
 
@@ -276,6 +294,13 @@ def coded_adam_(
 def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
     """The bits of the reference, in one pass."""
     _ops.decode_(xs, codes, scales, table, axis)
+
+
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """The words of philox.py, as the loops that round parameters make them."""
+    out = torch.empty((len(seeds), (count + 3) // 4, 4), dtype=torch.int64, device=device)
+    _ops.words_(out, list(seeds))
+    return out
 
 
 def _written(params: Iterable[Tensor]) -> None:

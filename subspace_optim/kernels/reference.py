@@ -9,6 +9,7 @@
     linear_update_  N = a·M + b·R,  M ← c·M + d·R, then the transform
     apply_        W ← (1 - lr·λ) W - lr·scale·back(N),  back being the adjoint of project; or of a dense N times factors
     encode_       x ≈ scale·table[code] by blocks of x, and decode_ back: see storage.py
+    words         random words, of which bases are drawn: those of philox.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
 Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..philox import ALL, Window, stochastic_round_, uniform
+from ..philox import words as words
 from ..types import BLOCK, Seeds, Side, peak
 
 T = TypeVar("T")

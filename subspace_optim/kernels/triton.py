@@ -43,6 +43,7 @@ __all__ = [
     "projected_adam_",
     "transform_",
     "weight_norm_adam_",
+    "words",
     "write_",
 ]
 
@@ -57,6 +58,7 @@ FUSED_MULTIPLE = 8  # of which n must be a multiple
 COMPENSATES = True  # what rounding takes from a parameter, in the place of its seed
 _WORKSPACE = 2**27  # bytes of updates between project and apply: a larger bucket is stepped in parts
 _BLOCK = 1024  # elements of a program of elementwise
+_DRAWN = 256  # blocks of four words of a program of words
 _CODED = 2048  # elements of a program of encode, decode and coded_adam
 _CODED_WARPS = 8  # of coded_adam
 _TINY = torch.finfo(torch.float32).tiny
@@ -260,6 +262,15 @@ def _pitch(window: Window, n: int) -> int:
     return n if window.consecutive else window.pitch
 
 
+def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """See the reference, whose bits these are."""
+    blocks = triton.cdiv(count, 4)
+    out = torch.empty((len(seeds), blocks, 4), dtype=torch.int64, device=device)
+    grid = (triton.cdiv(blocks, _DRAWN), len(seeds))
+    _start(kernels.words, grid, out, philox.integers(seeds, device), blocks, BLOCK=_DRAWN)
+    return out
+
+
 def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor]:
     """See the reference; G is read once for all of the bucket."""
     if dtype != torch.float32 or not _fits(grads):
@@ -423,7 +434,7 @@ def linear_update_(
     _advanced(table, count, 0.0, 0.0, finite)
     for kept, counts in _counting(transform == "cautious", out):
         _launch(
-            kernels.linear,
+            kernels.linear_update,
             (triton.cdiv(size, _BLOCK), count),
             table,
             finite,

@@ -3,9 +3,10 @@
 One launch covers all tensors of a bucket: it finds them in a table of addresses on the device, program_id(1) being the
 tensor and program_id(0) the block within it.
 
+    words        random words, of which bases are drawn
     advance      steps += 1 and their bias corrections, in float64
     elementwise  dense: moments, transform and the write of the parameter, in one pass; or a part of these
-    linear       the moment and N of rules that average R or its like, and their transform
+    linear_update   likewise of rules whose moment and N are linear in R
     fused        projected, small ranks (see FUSED_RANK): a program owns a row block of W (a column block, on the left)
                   with its rows of M and V; G is read once, W is read and written once
     project      larger ranks, first half: R tile by tile, in whose epilogue the moments advance
@@ -150,10 +151,27 @@ def _cautious(update, agrees, kept, size):
 @triton.jit
 def _half_words(seed, step, block):
     """16 random bits for 8 elements a block, as philox.stochastic_round_ deals them out: (..., k) → (..., 8 k)."""
+    drawn = _words(seed, block, step, 0)
+    return tl.interleave(drawn & 0xFFFF, drawn >> 16)
+
+
+@triton.jit
+def _words(seed, block, step, stream: tl.constexpr):
+    """Of the counters (block, step, 0, stream): (..., k) → (..., 4 k)."""
     zero = block * 0
-    w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero)  # (..., k) each
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # (..., 4 k)
-    return tl.interleave(words & 0xFFFF, words >> 16)
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + step.to(tl.uint32), zero, zero + stream)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def words(out, seeds, blocks, BLOCK: tl.constexpr):
+    """Of the seed that is this program's, those of its BLOCK blocks of four."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    block = (first + tl.arange(0, BLOCK)).to(tl.uint32)
+    drawn = _words(tl.load(seeds + tl.program_id(1)), block, block * 0, 1)
+    at = 4 * first + tl.arange(0, 4 * BLOCK)
+    own = out + tl.program_id(1).to(tl.int64) * 4 * blocks
+    tl.store(own + at, drawn.to(tl.int64), mask=at < 4 * blocks)
 
 
 @triton.jit
@@ -315,7 +333,7 @@ def elementwise(
 
 
 @triton.jit
-def linear(
+def linear_update(
     table,
     finite,
     kept,
