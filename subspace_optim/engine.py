@@ -222,8 +222,9 @@ class SubspaceOptimizer(StatefulOptimizer):
         Raises:
             TypeError: a gradient is sparse, or of a type that cannot be stepped.
             ValueError: an option of a group is gone or out of range by now, or its rank or side is another than before.
-            RuntimeError: the backend that was asked for cannot step a tensor, or a tensor has both a gradient and one
-                that was projected ahead. In all these cases nothing has changed.
+            RuntimeError: the backend that was asked for cannot step a tensor; or a tensor has both a gradient and one
+                that was projected ahead, or none because it is projected for another optimizer. In all these cases
+                nothing has changed.
         """
         loss = None
         if closure is not None:
@@ -466,9 +467,15 @@ class SubspaceOptimizer(StatefulOptimizer):
         for position, index, i, param in self._positions():
             ahead = bool(self.lows) and param in self.lows
             grad = param.grad
-            if (grad is None and not ahead) or param.numel() == 0:
-                continue
             group = self.param_groups[index]
+            if (grad is None and not ahead) or param.numel() == 0:
+                hooks = param._post_accumulate_grad_hooks or {}
+                if any(getattr(hook, "serves", lambda: None)() not in (None, self) for hook in hooks.values()):
+                    raise RuntimeError(
+                        f"{name_in(group, i)} is projected within backward for another optimizer, and has no gradient "
+                        "here; remove() the handle that project_in_backward returned"
+                    )
+                continue
             if grad is not None and ahead:
                 raise RuntimeError(
                     f"{name_in(group, i)} has a gradient besides the one that was projected ahead of the step; "

@@ -12,6 +12,8 @@ A tensor whose basis is due for renewal in the coming step keeps its whole gradi
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -50,8 +52,7 @@ class ProjectedBackward:
 
     def remove(self) -> None:
         """Leave the model and the optimizer as they were. What has been accumulated stays for the coming step."""
-        while self._undo:
-            self._undo.pop()()
+        _undo(self._undo)
         self.opt.in_backward = None
 
     def __enter__(self) -> ProjectedBackward:
@@ -123,9 +124,14 @@ def project_in_backward(
     )
     groups = {param: index for index, group in enumerate(opt.param_groups) for param in group["params"]}
     chosen = {p: name for name, p in named if p in groups and p.requires_grad and opt.plan_of(groups[p], p).side}
+    if any(param._post_accumulate_grad_hooks for param in chosen):
+        gc.collect()  # the hooks of an optimizer that nobody holds any more go with it
     for param, name in chosen.items():
         if param._post_accumulate_grad_hooks:
-            raise RuntimeError(f"{name} has a post-accumulate hook already, which would find no gradient; remove it")
+            raise RuntimeError(
+                f"{name} has a post-accumulate hook already, which would find no gradient; remove it: where it is of "
+                "another optimizer, by remove() of what project_in_backward returned"
+            )
     if not chosen:
         raise ValueError("the optimizer projects none of these tensors, so there is nothing to serve")
 
@@ -158,11 +164,17 @@ def project_in_backward(
         handle._undo.append(partial(delattr, model, "zero_grad"))
     for param, name in chosen.items():
         # A replaced weight has one as well: for its whole gradients, and for other uses of it.
-        hook = partial(_project, opt, name, early)
+        hook = _Hook(opt, name, early)
         handle._undo.append(param.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
         (handle.linear if param in replaced else handle.hooked).append(name)
+    weakref.finalize(opt, _undo, handle._undo).atexit = False
     opt.in_backward = "early" if early else "exact"
     return handle
+
+
+def _undo(steps: list[Callable[[], None]]) -> None:
+    while steps:
+        steps.pop()()
 
 
 def _fully_sharded(model: nn.Module) -> set[Tensor]:
@@ -174,15 +186,27 @@ def _fully_sharded(model: nn.Module) -> set[Tensor]:
     return {param for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
 
 
-def _project(opt: SubspaceOptimizer, name: str, early: bool, param: Tensor) -> None:
-    if len(param._post_accumulate_grad_hooks) > 1:
-        raise RuntimeError(f"{name} has a second post-accumulate hook, which would find no gradient; remove it")
-    index = opt.index_of(param)
-    if index is None:
-        return
-    if early and param.grad is not None and opt.low_plan(index, param) is None:
-        opt.renew_early(index, param)
-    opt.project_gradients([(index, param)])
+class _Hook:
+    """Projects the gradient of one tensor as soon as it exists.
+
+    The optimizer is held weakly: the collector does not see what hooks of tensors hold, and would never free it.
+    """
+
+    def __init__(self, opt: SubspaceOptimizer, name: str, early: bool) -> None:
+        self.serves, self.name, self.early = weakref.ref(opt), name, early
+
+    def __call__(self, param: Tensor) -> None:
+        if len(param._post_accumulate_grad_hooks) > 1:
+            raise RuntimeError(
+                f"{self.name} has a second post-accumulate hook, which would find no gradient; remove it"
+            )
+        opt = self.serves()
+        index = None if opt is None else opt.index_of(param)
+        if opt is None or index is None:
+            return
+        if self.early and param.grad is not None and opt.low_plan(index, param) is None:
+            opt.renew_early(index, param)
+        opt.project_gradients([(index, param)])
 
 
 @torch.no_grad()
@@ -254,7 +278,7 @@ class _ZeroGrad:
     """`zero_grad` of the model, which loops call in the place of the optimizer's: R is forgotten along with p.grad."""
 
     def __init__(self, module: nn.Module, opt: SubspaceOptimizer) -> None:
-        self.module, self.opt = module, opt
+        self.module, self.serves = module, weakref.ref(opt)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As of `_Linear`."""
@@ -262,15 +286,16 @@ class _ZeroGrad:
 
     def __call__(self, set_to_none: bool = True) -> None:
         type(self.module).zero_grad(self.module, set_to_none)
+        lows = getattr(self.serves(), "lows", {})
         for param in self.module.parameters():
-            self.opt.lows.pop(param, None)
+            lows.pop(param, None)
 
 
 class _Linear:
     """The forward of one linear layer: as it was, but for what autograd keeps and makes of the weight."""
 
     def __init__(self, module: nn.Linear, opt: SubspaceOptimizer) -> None:
-        self.module, self.opt = module, opt
+        self.module, self.serves = module, weakref.ref(opt)
         self.weight = module.weight
         self._run = torch.compiler.disable(self._projected)  # type: ignore[no-untyped-call]
 
@@ -284,9 +309,10 @@ class _Linear:
     def _projected(self, x: Tensor) -> Tensor:
         weight, bias = self.module.weight, self.module.bias
         served = weight is self.weight and weight.requires_grad and weight.grad is None and torch.is_grad_enabled()
-        index = self.opt.index_of(weight) if served else None
-        plan = None if index is None else self.opt.low_plan(index, weight)
-        if plan is None:
+        opt = self.serves() if served else None
+        index = None if opt is None else opt.index_of(weight)
+        plan = None if opt is None or index is None else opt.low_plan(index, weight)
+        if opt is None or plan is None:
             return dense_linear(x, weight, bias)
         # Autocast would keep its copy of the weight, made without a graph, for whoever else uses the weight.
         shift: Tensor | None = bias
@@ -295,27 +321,30 @@ class _Linear:
             x = x.to(torch.get_autocast_dtype(device))
             shift = None if bias is None else bias.to(x.dtype)
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            rest = (self._stand_in(plan), self, plan)
+            rest = (_stand_in(opt, weight, plan), partial(_basis, opt, weight, plan), plan)
             apply: Callable[..., Tensor] = _ProjectedLinear.apply
             if is_sharded(weight):
                 y = linear_over_shards(lambda own, shard: apply(own, shard, None, *rest), x, weight.detach())
                 return y if shift is None else y + shift
             return apply(x, weight.detach(), shift, *rest)
 
-    def _stand_in(self, plan: Plan) -> Tensor:
-        """A leaf of R's shape and no memory, whose gradient is R; autograd sums it over calls and hands it over."""
-        leaf = torch.zeros((), dtype=plan.state_dtype, device=plan.device).expand(plan.low_shape).requires_grad_()
-        leaf.register_post_accumulate_grad_hook(self._receive)  # type: ignore[no-untyped-call]
-        return leaf
 
-    def _receive(self, leaf: Tensor) -> None:
+def _stand_in(opt: SubspaceOptimizer, weight: Tensor, plan: Plan) -> Tensor:
+    """A leaf of R's shape and no memory, whose gradient is R; autograd sums it over calls and hands it over."""
+
+    def receive(leaf: Tensor) -> None:
         assert leaf.grad is not None
-        self.opt.add_low(self.weight, [leaf.grad])
+        opt.add_low(weight, [leaf.grad])
         leaf.grad = None
 
-    def basis(self, plan: Plan, side: Side, dtype: torch.dtype) -> Tensor:
-        """P (left) or Q (right)."""
-        return self.opt.bases(plan, [self.weight])[0][plan.sides.index(side)].to(dtype)
+    leaf = torch.zeros((), dtype=plan.state_dtype, device=plan.device).expand(plan.low_shape).requires_grad_()
+    leaf.register_post_accumulate_grad_hook(receive)  # type: ignore[no-untyped-call]
+    return leaf
+
+
+def _basis(opt: SubspaceOptimizer, weight: Tensor, plan: Plan, side: Side, dtype: torch.dtype) -> Tensor:
+    """P (left) or Q (right)."""
+    return opt.bases(plan, [weight])[0][plan.sides.index(side)].to(dtype)
 
 
 class _ProjectedLinear(torch.autograd.Function):
@@ -323,12 +352,18 @@ class _ProjectedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stand_in: Tensor, layer: _Linear, plan: Plan
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stand_in: Tensor,
+        basis: Callable[..., Tensor],
+        plan: Plan,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        kept = rows if plan.side == "left" else rows @ layer.basis(plan, "right", x.dtype)
+        kept = rows if plan.side == "left" else rows @ basis("right", x.dtype)
         ctx.save_for_backward(kept, weight)
-        ctx.layer, ctx.plan = layer, plan
+        ctx.basis, ctx.plan = basis, plan
         return dense_linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
@@ -342,6 +377,6 @@ class _ProjectedLinear(torch.autograd.Function):
                 inner = (rows @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
             outer = rows.sum(0) if ctx.needs_input_grad[2] else None
             if ctx.plan.side != "right":
-                rows = rows @ ctx.layer.basis(ctx.plan, "left", grad.dtype)
+                rows = rows @ ctx.basis("left", grad.dtype)
             (low,) = ctx.plan.sharding.sum([rows.mT @ kept], *CONTRACTED[ctx.plan.side])
         return inner, None, outer, low, None, None

@@ -1,11 +1,13 @@
 """Gradients projected within backward give the steps of gradients that were not, and are never there at full size."""
 
 import copy
+import gc
 import io
 import math
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -726,6 +728,39 @@ def test_refusals():
     so.project_in_backward(list(model.parameters()), opt)
     with pytest.raises(RuntimeError, match="is on for this optimizer already"):
         so.project_in_backward(model, opt)
+
+
+@by_mode
+def test_an_optimizer_that_is_let_go_of_serves_no_more(linear):
+    """Nor does it keep the model: hooks of tensors are out of the collector's sight."""
+    model = mlp()
+    opt = galore(model)
+    so.project_in_backward(model, opt, linear=linear)
+    settle(model, opt, 2)
+    opt.cycle = opt  # as schedulers make one
+    opt = galore(model)
+    so.project_in_backward(model, opt, linear=linear)
+    settle(model, opt, 2)
+    seen = [weakref.ref(opt), weakref.ref(model[0].weight)]
+    del model, opt
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+
+
+@by_mode
+def test_a_step_without_gradients_that_another_optimizer_takes_is_refused(linear):
+    model = mlp()
+    first, second = galore(model), galore(model)
+    handle = so.project_in_backward(model, first, linear=linear)
+    settle(model, first)
+    before = weights(model)
+    backward(model, 0)
+    with pytest.raises(RuntimeError, match=r"0.weight is projected within backward for another optimizer.* remove\(\)"):
+        second.step()
+    assert_same(weights(model), before)
+    handle.remove()
+    settle(model, second, 1)
+    assert len(second.state) == len(before)
 
 
 def test_a_later_hook_is_refused_in_the_first_backward():
