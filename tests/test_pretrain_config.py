@@ -65,8 +65,12 @@ def test_every_optimizer_is_made_from_its_defaults(name):
     assert config.optimizer_defaults(name, "tiny").source
 
 
-def test_the_long_name_is_the_short_one():
-    assert resolve({"optimizer": "online_subspace_descent"}) == resolve({"optimizer": "osd"})
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("online_subspace_descent", "osd"), ("AdamW", "adamw"), ("GaLore", "galore"), ("SVD+Lion", "svd+lion")],
+)
+def test_however_a_name_is_written_its_defaults_are_the_same(name, key):
+    assert resolve({"optimizer": name}) == resolve({"optimizer": key})
 
 
 def test_what_is_said_is_kept():

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from subspace_optim.optimizers import key_of
 from subspace_optim.sizes import SIZES, Size
 from subspace_optim.types import BITS, ROUNDINGS
 
@@ -53,7 +54,6 @@ OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),
     "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
 }
-ALIASES = {"online_subspace_descent": "osd"}
 
 # Grid cells: the learning rate belongs to the rule, and what is projected takes GaLore's gap and scale.
 RULE_LR = {"adam": (1e-3, 1e-2), "adafactor": (1e-2, 1e-2), "lion": (3e-4, 1e-3), "momentum": (1e-1, 1e-1)}
@@ -71,7 +71,7 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
         The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
         refused when the optimizer is made.
     """
-    name = ALIASES.get(name, name)
+    name = key_of(name)
     if name in OPTIMIZER_DEFAULTS:
         row = OPTIMIZER_DEFAULTS[name]
     else:
@@ -243,7 +243,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         per_step = values["batch_size"] * values["accumulate"] * values["seq_len"]
         values["steps"] = math.ceil(tokens / per_step)
 
-    values["optimizer"] = ALIASES.get(values.get("optimizer", "galore"), values.get("optimizer", "galore"))
+    values["optimizer"] = key_of(values.get("optimizer", "galore"))
     defaults = optimizer_defaults(values["optimizer"], values["model"])
     if defaults.projected or (values["optimizer"] == "grams" and "rank" in given):
         narrow = min(values["hidden"], values["intermediate"])
