@@ -207,7 +207,16 @@ def test_attention_that_is_not_installed_is_refused(capsys, tmp_path, monkeypatc
     refused(capsys, arguments, "--attention flash_attention_2", "use --attention sdpa")
 
 
-@pytest.mark.parametrize("content", ["[", "[]", '{"hidden_size": 64}', '{"hidden_size": "x"}'])
+_LLAMA = '{"hidden": 64, "intermediate": 96, "heads": 4, "layers": 3, '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[", "[]", '{"hidden_size": 64}', '{"hidden_size": "x"}', _LLAMA + '"num_key_value_heads": 2}',
+        _LLAMA + '"tie_word_embeddings": true}', _LLAMA + '"model_type": "qwen2"}',
+    ],
+)  # fmt: skip
 def test_a_bad_model_file_is_refused(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(UserError, match="--model"):

@@ -373,6 +373,17 @@ def training_bytes(size: Size, batch_size: int) -> int:
     per_token = size.layers * (16 * size.hidden + 6 * size.intermediate) + 4 * size.vocab_size
     return 16 * parameter_count(size) + 4 * batch_size * size.seq_len * per_token
 
+    ours = {
+        "model_type": "llama", "num_key_value_heads": dimensions["heads"], "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    other = [f"{key} {found[key]}" for key, value in ours.items() if found.get(key, value) not in (value, None)]
+    if other:
+        raise UserError(
+            f"--model {model}: has {', '.join(other)}, and what is trained here is a LLaMA with as many key as query "
+            "heads, a head of its own and no biases; leave that out of the file, or plan the model as it is with "
+            "subspace_optim.plan(transformers.AutoConfig.from_pretrained(DIR))"
+        )
 
 def grow_to_fit(free_bytes: int) -> dict[str, Any]:
     """The default run on a GPU: the largest model and batch that fit in two thirds of its free memory.
