@@ -200,10 +200,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
-# steps, which a person sets on purpose to train for longer.
+# steps, which a person sets on purpose to train for longer. The text may lie elsewhere; that it is the same is checked.
 FREE_ON_RESUME = frozenset(
-    {"steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch"}
-)
+    {
+        "steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch", "data",
+        "tokenizer",
+    }
+)  # fmt: skip
 CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
@@ -238,10 +241,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
             values.setdefault(key, value)
     check_values(values | ({"tokens": tokens} if tokens is not None else {}))
     if tokens is not None:
-        if "steps" in given:
-            raise UserError(f"--tokens {tokens}: --steps {given['steps']} says how long to train already; give one")
-        per_step = values["batch_size"] * values["accumulate"] * values["seq_len"]
-        values["steps"] = math.ceil(tokens / per_step)
+        values["steps"] = steps_of(given, values["batch_size"] * values["accumulate"] * values["seq_len"])
 
     values["optimizer"] = key_of(values.get("optimizer", "galore"))
     defaults = optimizer_defaults(values["optimizer"], values["model"])
@@ -274,6 +274,23 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"--warmup {values['warmup']}: is longer than the run of {values['steps']} steps")
     named = {key: value for key, value in values.items() if key in RunConfig.__dataclass_fields__}
     return RunConfig(**(fixed | named))
+
+
+def steps_of(given: Mapping[str, Any], tokens_per_step: int) -> int:
+    """The updates that ``--tokens`` takes.
+
+    Args:
+        given: The options that were named, it among them.
+        tokens_per_step: Tokens that one update is made from.
+
+    Raises:
+        UserError: They name ``--steps`` too.
+    """
+    if "steps" in given:
+        raise UserError(
+            f"--tokens {given['tokens']}: --steps {given['steps']} says how long to train already; give one"
+        )
+    return -(-int(given["tokens"]) // tokens_per_step)
 
 
 _AT_LEAST_ONE = (
