@@ -358,5 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # what the system refuses where nothing more is known of it: no permission, a broken disk
+        if error.filename is None:
+            raise
+        complain("error", f"{error.filename}: {error.strerror}")
+        return UserError.exit_code
     finally:
         end_output()

@@ -90,10 +90,11 @@ def _options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _belongs(folder: Path, config: RunConfig) -> bool:
     report = read_report(folder)
-    if report is not None:
-        return bool(report["config"] == config.to_dict())
-    saved = [checkpoint.facts_of(path) for path in checkpoint.checkpoints(folder)]
-    return all(facts is None or facts["config"] == config.to_dict() for facts in saved)
+    found = map(checkpoint.facts_of, checkpoint.checkpoints(folder)) if report is None else [report]
+    try:
+        return all(facts is None or RunConfig.from_dict(facts.get("config")) == config for facts in found)
+    except UserError:
+        return False
 
 
 def _train(folder: Path, options: Mapping[str, Any]) -> int:

@@ -297,6 +297,7 @@ _AT_LEAST_ONE = (
     "tokens", "steps", "batch_size", "accumulate", "seq_len", "hidden", "intermediate", "heads", "layers",
     "update_proj_gap", "eval_every", "eval_tokens", "save_every", "keep",
 )  # fmt: skip
+_LARGEST = 1e12  # products of two or three stay within float32
 _NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed", "watch")
 
 
@@ -321,8 +322,11 @@ def check_values(values: Mapping[str, Any]) -> None:
     for key in ("lr", "dense_lr", "scale"):
         if values.get(key) is not None and not 0 < values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
-    if values.get("seed", 0) >= 2**63:
-        raise UserError(f"--seed {values['seed']}: must be below 2**63")
+    for key, value in values.items():
+        if isinstance(value, float) and value > _LARGEST:
+            raise UserError(f"{flag(key)} {value}: must be at most {_LARGEST:g}")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{flag(key)} {value}: must be below 2**63")
     if "vocab_size" in values and values["vocab_size"] < 257:
         raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
     if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
@@ -369,6 +373,17 @@ def _size(model: str) -> tuple[Size, dict[str, int]]:
     wrong = [theirs for theirs, ours in published.items() if not isinstance(dimensions[ours], int)]
     if wrong:
         raise UserError(f"--model {model}: needs a whole number for {', '.join(wrong)}")
+    ours = {
+        "model_type": "llama", "num_key_value_heads": dimensions["heads"], "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    other = [f"{key} {found[key]}" for key, value in ours.items() if found.get(key, value) not in (value, None)]
+    if other:
+        raise UserError(
+            f"--model {model}: has {', '.join(other)}, and what is trained here is a LLaMA with as many key as query "
+            "heads, a head of its own and no biases; leave that out of the file, or plan the model as it is with "
+            "subspace_optim.plan(transformers.AutoConfig.from_pretrained(DIR))"
+        )
     if isinstance(found.get("vocab_size"), int):
         dimensions["vocab_size"] = found["vocab_size"]
     return SIZES["tiny"], dimensions
@@ -390,17 +405,6 @@ def training_bytes(size: Size, batch_size: int) -> int:
     per_token = size.layers * (16 * size.hidden + 6 * size.intermediate) + 4 * size.vocab_size
     return 16 * parameter_count(size) + 4 * batch_size * size.seq_len * per_token
 
-    ours = {
-        "model_type": "llama", "num_key_value_heads": dimensions["heads"], "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False,
-    }  # fmt: skip
-    other = [f"{key} {found[key]}" for key, value in ours.items() if found.get(key, value) not in (value, None)]
-    if other:
-        raise UserError(
-            f"--model {model}: has {', '.join(other)}, and what is trained here is a LLaMA with as many key as query "
-            "heads, a head of its own and no biases; leave that out of the file, or plan the model as it is with "
-            "subspace_optim.plan(transformers.AutoConfig.from_pretrained(DIR))"
-        )
 
 def grow_to_fit(free_bytes: int) -> dict[str, Any]:
     """The default run on a GPU: the largest model and batch that fit in two thirds of its free memory.
