@@ -102,8 +102,9 @@ def test_a_model_is_read_from_json(tmp_path):
     assert run.rank == 16
 
 
-def test_a_configuration_survives_json():
-    run = resolve({"betas": (0.8, 0.9), "data": ("a", "b")})
+@pytest.mark.parametrize("name", ["galore", "adamw"])
+def test_a_configuration_survives_json(name):
+    run = resolve({"optimizer": name, "betas": (0.8, 0.9), "data": ("a", "b")})
     assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
     older = {key: value for key, value in run.to_dict().items() if key not in config.BEFORE}
     assert config.RunConfig.from_dict(older) == run

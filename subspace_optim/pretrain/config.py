@@ -239,7 +239,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key, value in (asdict(size) | dimensions).items():
         if key in RunConfig.__dataclass_fields__ and key != "rank":
             values.setdefault(key, value)
-    check_values(values | ({"tokens": tokens} if tokens is not None else {}))
+    check_values({**values, "tokens": tokens})
     if tokens is not None:
         values["steps"] = steps_of(given, values["batch_size"] * values["accumulate"] * values["seq_len"])
 
@@ -305,11 +305,12 @@ def check_values(values: Mapping[str, Any]) -> None:
     """Refuse values that no run can use.
 
     Args:
-        values: Options by name; those that are missing are not looked at.
+        values: Options by name; those that are missing, or None, are not looked at.
 
     Raises:
         UserError: A number is out of range, or a word is none of those to choose from.
     """
+    values = {key: value for key, value in values.items() if value is not None}
     for key, choices in CHOICES.items():
         if key in values and values[key] not in choices:
             raise UserError(f"{flag(key)} {values[key]}: must be one of {', '.join(map(str, choices))}")
@@ -320,7 +321,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         if key in values and not 0 <= values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be 0 or more")
     for key in ("lr", "dense_lr", "scale"):
-        if values.get(key) is not None and not 0 < values[key] < math.inf:
+        if key in values and not 0 < values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
     for key, value in values.items():
         if isinstance(value, float) and value > _LARGEST:
@@ -331,7 +332,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
     if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
         raise UserError(f"--min-lr-ratio {values['min_lr_ratio']}: must lie between 0 and 1")
-    for beta in values.get("betas") or ():
+    for beta in values.get("betas", ()):
         if not 0 <= beta < 1:
             raise UserError(f"--betas {beta}: each must be at least 0 and below 1, such as 0.9 0.999")
     if {"hidden", "heads"} <= values.keys():
@@ -343,8 +344,8 @@ def check_values(values: Mapping[str, Any]) -> None:
                 f"--heads {values['heads']}: leaves {width} dimensions a head; rotary embeddings need an even number"
             )
     for key in ("rank", "embedding_rank"):
-        rank = values.get(key)
-        if rank is None or (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        rank = values.get(key, 1)
+        if rank >= 1 if isinstance(rank, int) else 0 < rank < 1:
             continue
         raise UserError(f"{flag(key)} {rank}: must be a whole number from 1 up, or a fraction between 0 and 1")
 
