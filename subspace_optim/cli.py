@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from subspace_optim import __version__
+from subspace_optim.optimizers import key_of
 from subspace_optim.pretrain.config import CHOICES, Failure, UserError
 from subspace_optim.pretrain.display import begin_output, complain, end_output, table, write
 from subspace_optim.sizes import SIZES
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument(
         "--optimizer",
+        type=key_of,
         metavar="NAME",
         help="galore (default), flora, osd, gradnormlorp, grams, apollo, adamw, or a cell of the grid such as "
         "svd+lion or random+adam+cautious",
@@ -113,7 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     many.add_argument(
-        "optimizers", nargs="+", metavar="NAME", help="adamw galore flora osd gradnormlorp grams apollo, or grid cells"
+        "optimizers",
+        nargs="+",
+        type=key_of,
+        metavar="NAME",
+        help="adamw galore flora osd gradnormlorp grams apollo, or grid cells",
     )
     _add_run_options(many)
     where = many.add_argument_group("results")
@@ -155,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", metavar="SIZE", help="for the optimizer state: choose rank and bits of every matrix"
     )
     memory.add_argument("--json", metavar="FILE", help="write the plan there as well")
-    memory.add_argument("--optimizer", metavar="NAME", help="as of pretrain (default: galore)")
+    memory.add_argument("--optimizer", type=key_of, metavar="NAME", help="as of pretrain (default: galore)")
     _add_model_options(memory)
     memory.add_argument("--device", choices=("cpu", "cuda"), help="where it would run (default: cuda with --gpu)")
     memory.add_argument("--vocab-size", type=int, metavar="N", help="(default: 4096 for tiny, otherwise 32000)")
@@ -379,5 +385,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:  # what the system refuses where nothing more is known of it: no permission, a broken disk
+        if error.filename is None:
+            raise
+        complain("error", f"{error.filename}: {error.strerror}")
+        return UserError.exit_code
     finally:
         end_output()

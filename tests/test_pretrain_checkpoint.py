@@ -211,6 +211,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys, corpus):
     refused(capsys, ["pretrain", "--resume", str(run), "--hidden", "64"], "--hidden 64", "32")
     refused(capsys, ["pretrain", "--resume", str(run), "--optimizer", "flora"], "--optimizer flora", "galore")
     refused(capsys, ["pretrain", "--resume", str(run), "--steps", "2"], "--steps 2", "step 4 already")
+    refused(capsys, ["pretrain", "--resume", str(run), "--steps", "9", "--tokens", "9"], "--tokens 9: --steps 9")
+    refused(capsys, ["pretrain", "--resume", str(run), "--out", str(tmp_path / "b")], "--out", "--resume", "own folder")
     refused(capsys, ["pretrain", "--resume", str(run), "--overwrite"], "--overwrite", "--resume")
     refused(capsys, ["pretrain", "--resume", str(tmp_path / "none")], "--resume", "holds no checkpoint")
     assert steps_saved(run) == [4, 0]
@@ -274,6 +276,16 @@ def test_text_that_changed_since_the_checkpoint_is_refused(tmp_path, capsys):
         file.write("# changed\n")
     capsys.readouterr()
     refused(capsys, ["pretrain", "--resume", str(tmp_path / "run")], "--resume", "text has changed")
+
+
+def test_a_run_goes_on_with_its_text_in_another_place(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "email")
+    assert main(micro(corpus, tmp_path / "run", "--steps", 2)) == 0
+    corpus.rename(tmp_path / "moved")
+    go_on = ["pretrain", "--resume", str(tmp_path / "run"), "--steps", "3", "--plain"]
+    capsys.readouterr()
+    refused(capsys, go_on, f"--data {corpus}: no such file or folder")
+    assert main([*go_on, "--data", str(tmp_path / "moved")]) == 0
 
 
 def test_a_truncated_newest_checkpoint_costs_a_warning(tmp_path, capsys, corpus):

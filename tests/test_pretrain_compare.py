@@ -7,7 +7,7 @@ import pytest
 from pretraining import BUDGET, MODEL, PROJECTED, refused, start, state_at, steps_saved, wait_for, write_corpus
 
 from subspace_optim.cli import main
-from subspace_optim.pretrain import checkpoint
+from subspace_optim.pretrain import checkpoint, compare
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,20 @@ def test_names_are_checked_first(tmp_path, corpus, capsys):
     refused(capsys, ["compare", "adamw", "galoer", "--out", str(tmp_path / "out")], "galoer", "galore")
     refused(capsys, ["compare", "osd", "online_subspace_descent", "--out", str(tmp_path / "out")], "osd", "twice")
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_projections_are_kept_from_the_dense_ones():
+    given = {"rank": 4, "embedding_rank": 4, "layerwise": "hooks", "lr": 0.1}
+    assert compare._options_for("AdamW", given) == {"optimizer": "AdamW", "lr": 0.1}
+    assert compare._options_for("svd+adam", given) == {"optimizer": "svd+adam", **given}
+
+
+@pytest.mark.parametrize("content", ["{}", '{"config": 3}', '{"config": {"lr": 1}}'])
+def test_a_report_of_another_shape_is_of_another_run(tmp_path, corpus, capfd, content):
+    (tmp_path / "out" / "adamw").mkdir(parents=True)
+    (tmp_path / "out" / "adamw" / "report.json").write_text(content)
+    assert main(arguments(corpus, tmp_path / "out")) == 2
+    assert "holds a run of adamw with other options" in capfd.readouterr().err
 
 
 def test_a_comparison_does_not_move_into_a_run(tmp_path, corpus, capfd):

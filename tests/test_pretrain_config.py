@@ -65,8 +65,12 @@ def test_every_optimizer_is_made_from_its_defaults(name):
     assert config.optimizer_defaults(name, "tiny").source
 
 
-def test_the_long_name_is_the_short_one():
-    assert resolve({"optimizer": "online_subspace_descent"}) == resolve({"optimizer": "osd"})
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("online_subspace_descent", "osd"), ("AdamW", "adamw"), ("GaLore", "galore"), ("SVD+Lion", "svd+lion")],
+)
+def test_however_a_name_is_written_its_defaults_are_the_same(name, key):
+    assert resolve({"optimizer": name}) == resolve({"optimizer": key})
 
 
 def test_what_is_said_is_kept():
@@ -98,8 +102,9 @@ def test_a_model_is_read_from_json(tmp_path):
     assert run.rank == 16
 
 
-def test_a_configuration_survives_json():
-    run = resolve({"betas": (0.8, 0.9), "data": ("a", "b")})
+@pytest.mark.parametrize("name", ["galore", "adamw"])
+def test_a_configuration_survives_json(name):
+    run = resolve({"optimizer": name, "betas": (0.8, 0.9), "data": ("a", "b")})
     assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
     older = {key: value for key, value in run.to_dict().items() if key not in config.BEFORE}
     assert config.RunConfig.from_dict(older) == run
@@ -156,6 +161,9 @@ REFUSED = [
     (["--state-bits", "16"], "--state-bits", "32, 8, 4"),
     (["--rounding", "up"], "--rounding", "kahan"),
     (["--lr", "nan"], "--lr nan", "above 0"),
+    (["--lr", "1e300"], "--lr 1e+300", "at most"),
+    (["--vocab-size", "9" * 20], "--vocab-size 9999", "below 2**63"),
+    (["--data", "x" * 5000], "xxx: File name too long"),
     (["--lr", "fast"], "--lr", "fast"),
     (["--scale", "-1"], "--scale -1", "above 0"),
     (["--dense-lr", "0"], "--dense-lr 0", "above 0"),
@@ -203,7 +211,16 @@ def test_attention_that_is_not_installed_is_refused(capsys, tmp_path, monkeypatc
     refused(capsys, arguments, "--attention flash_attention_2", "use --attention sdpa")
 
 
-@pytest.mark.parametrize("content", ["[", "[]", '{"hidden_size": 64}', '{"hidden_size": "x"}'])
+_LLAMA = '{"hidden": 64, "intermediate": 96, "heads": 4, "layers": 3, '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[", "[]", '{"hidden_size": 64}', '{"hidden_size": "x"}', _LLAMA + '"num_key_value_heads": 2}',
+        _LLAMA + '"tie_word_embeddings": true}', _LLAMA + '"model_type": "qwen2"}',
+    ],
+)  # fmt: skip
 def test_a_bad_model_file_is_refused(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(UserError, match="--model"):

@@ -204,7 +204,7 @@ def test_a_prepared_corpus_is_used_again(tmp_path, cache, monkeypatch):
         data.prepare(config, quiet)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garble", "tokenizer"])
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garble", "shape", "tokenizer"])
 def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
     config = config_for(write_corpus(tmp_path / "email"))
     first = data.prepare(config, quiet)
@@ -215,6 +215,9 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, damage):
         (first.folder / "validation.bin").unlink()
     elif damage == "garble":
         (first.folder / "corpus.json").write_text("{")
+    elif damage == "shape":
+        facts = {"vocab_size": 400, "end_id": 0, "itemsize": 2, "tokens": {"train": 3}}
+        (first.folder / "corpus.json").write_text(json.dumps(facts))
     else:
         next(cache.glob("bpe-*.json")).write_text("{")
     again = data.prepare(config, quiet)

@@ -298,6 +298,23 @@ def test_many_such_steps_in_a_row_end_the_run(tmp_path, corpus):
     assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
 
 
+def test_such_steps_are_counted_on_where_the_run_goes_on(tmp_path, corpus):
+    """Or a run that breaks down again after each checkpoint comes to its end, with the weights of its beginning."""
+
+    def broken():
+        run = make_run(corpus, tmp_path, steps=30, save_every=8)
+        run.model.get_parameter("lm_head.weight").register_hook(lambda gradient: gradient * math.inf)
+        return run
+
+    with pytest.raises(Diverged, match="last 20 steps"):
+        broken().train()
+    resumed = broken()
+    resumed.load(*checkpoint.load(resumed.folder / "checkpoints" / "step-00000016"))
+    with pytest.raises(Diverged, match="last 20 steps; the weights are those of step 0"):
+        resumed.train()
+    assert resumed.step == 20
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, corpus):
     run = make_run(corpus, tmp_path, steps=2)
     advance = run.advance

@@ -3,9 +3,11 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
+from pretraining import refused
 from torch import nn
 from training import noise
 
@@ -228,7 +230,26 @@ def test_the_command_prints_the_table_and_exports(tmp_path, capsys):
     for bad, message in (
         (["--rank", "2"], "--export-lora DIR: goes with --rank"),
         (["--target", "nope"], "matches no"),
+        (["--json", str(tmp_path)], f"--json {tmp_path}: cannot be written"),
+        (["--json", ""], "--json: is empty"),
+        (["--export-lora", str(tmp_path / "l"), "--rank", "2", "--target", "embed_tokens"], "no linear layer that was"),
         (["--before", str(tmp_path)], f"--before {tmp_path}: is not a folder of model.save_pretrained()"),
     ):
         assert main([*command, *bad]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_missing_or_damaged_are_no_change(tmp_path, capsys):
+    """What a file lacks transformers makes up at random, which would pass for what training has done."""
+    from safetensors.torch import load_file, save_file
+
+    for name in ("before", "after"):
+        llama().save_pretrained(tmp_path / name)
+    file = tmp_path / "after" / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    command = ["spectrum", "--before", str(tmp_path / "before"), "--after", str(tmp_path / "after")]
+    refused(capsys, command, "lacks the weights of model.layers.0.mlp.up_proj.weight")
+    os.truncate(file, 500)
+    refused(capsys, command, "--after", "that can be read")

@@ -56,6 +56,22 @@ def test_lines_outlive_a_kill_and_follow_a_run_that_was_taken_back(tmp_path):
     assert len(path.read_text().splitlines()) == 5
 
 
+@pytest.mark.parametrize(
+    "damage", [b"{\n", b"[]\n", b"\xff\n", b'{"step": 5, "lay{"step": 6}\n', b'{"step": 5, "layers": [3]}\n']
+)
+def test_a_damaged_line_costs_a_warning_and_that_look(tmp_path, damage):
+    path = tmp_path / "figures.jsonl"
+    params = net(names=["tall"])
+    opt = build(GALORE, params)
+    for step in (0, 1):
+        with Watch(opt, JSONLines(path), every=1):
+            train(params, opt, [step])
+        if step == 0:
+            path.write_bytes(path.read_bytes() + damage)
+    with pytest.warns(UserWarning, match="figures.jsonl: line 2 is damaged"):
+        assert [step for step, _ in read_lines(path)] == [1, 2]
+
+
 def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path):
     params = net(names=["tall"])
     opt = build(GALORE, params)

@@ -72,7 +72,7 @@ def create(
     Raises:
         ValueError: the name or an option does not exist, or a value is out of range.
     """
-    key = _key(name)
+    key = key_of(name)
     cls, fixed = resolve(name)
     dense = not projects(name)
     if rank == "default":
@@ -93,7 +93,7 @@ def resolve(name: str) -> tuple[type[SubspaceOptimizer], dict[str, Any]]:
     Raises:
         ValueError: there is no such optimizer.
     """
-    key = _key(name)
+    key = key_of(name)
     if key in OPTIMIZERS:
         return OPTIMIZERS[key], {}
     if key == "adamw":
@@ -120,10 +120,11 @@ def resolve(name: str) -> tuple[type[SubspaceOptimizer], dict[str, Any]]:
 
 def projects(name: str) -> bool:
     """Whether the optimizer of this name projects where no rank is given."""
-    return _key(name) not in ("adamw", "grams") and not _key(name).startswith("none+")
+    return key_of(name) not in ("adamw", "grams") and not key_of(name).startswith("none+")
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """A name that `create` takes, in the one spelling that tables have."""
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string, one of adamw, {', '.join(OPTIMIZERS)} or projector+rule")
     return LONG_NAMES.get(name.lower(), name.lower())

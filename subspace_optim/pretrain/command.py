@@ -26,6 +26,7 @@ from subspace_optim.pretrain.config import (
     grow_to_fit,
     path_of,
     resolve,
+    steps_of,
 )
 from subspace_optim.pretrain.display import Display, Muted, duration, size, table
 from subspace_optim.pretrain.files import claim, storage_errors
@@ -102,6 +103,8 @@ def _prepared(options: dict[str, Any], ranks: Ranks, display: Display, began: fl
         if overwrite:
             raise UserError("--overwrite: cannot be given with --resume; one starts again, the other goes on")
         named = options.pop("resume")
+        if named and out is not None:
+            raise UserError(f"--out {out}: cannot be given with --resume {named}; a run goes on in its own folder")
         folder = ranks.decide(lambda: path_of("--resume", named) if named else out or _latest_run())
         return _resumed(folder, options, ranks, display, began, held)
     config, folder = ranks.decide(lambda: _settled(options, out, overwrite, display, held))
@@ -242,7 +245,8 @@ def _same_run(saved: RunConfig, options: dict[str, Any], folder: Path) -> RunCon
     """The saved configuration with the options that may change; any other difference is refused."""
     check_values(options)
     if "tokens" in options:
-        options["steps"] = -(-options.pop("tokens") // saved.tokens_per_step)
+        options["steps"] = steps_of(options, saved.tokens_per_step)
+        del options["tokens"]
     if "data" in options:
         options["data"] = _absolute(options["data"])
     options["device"] = str(find_device(options.get("device", saved.device)))

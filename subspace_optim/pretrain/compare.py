@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from subspace_optim.optimizers import projects
 from subspace_optim.pretrain import checkpoint
 from subspace_optim.pretrain.command import RUNS, check, clear, holds_run, program, read_report, settle
-from subspace_optim.pretrain.config import ALIASES, RunConfig, UserError, flag, path_of, resolve
+from subspace_optim.pretrain.config import RunConfig, UserError, flag, path_of, resolve
 from subspace_optim.pretrain.display import MIB, Display, table
 from subspace_optim.pretrain.loop import stop_signals
 from subspace_optim.pretrain.report import draw_comparison, write_json
 
 _SWITCHES = ("gradient_checkpointing", "compile", "quiet", "plain")
-_PER_OPTIMIZER = ("rank", "update_proj_gap", "scale")
+_OF_PROJECTIONS = ("rank", "embedding_rank", "update_proj_gap", "scale", "layerwise")
 
 
 def compare(given: Mapping[str, Any]) -> int:
@@ -36,7 +37,7 @@ def compare(given: Mapping[str, Any]) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("compare: starts its runs one after another, in one process each; call it without torchrun")
     options = dict(given)
-    names = [ALIASES.get(name, name) for name in options.pop("optimizers")]
+    names = options.pop("optimizers")
     display = Display(quiet=options.get("quiet", False), plain=options.get("plain", False))
     out = path_of("--out", options.pop("out", f"{RUNS}/compare-{Path(options.get('model', 'tiny')).stem}"))
     overwrite = options.pop("overwrite", False)
@@ -83,16 +84,17 @@ def compare(given: Mapping[str, Any]) -> int:
 
 def _options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of one run: those of projections are kept from the dense ones."""
-    dense = name in ("adamw", "grams") or name.startswith("none+")
-    return {"optimizer": name} | {key: options[key] for key in options if not (dense and key in _PER_OPTIMIZER)}
+    left_out = () if projects(name) else _OF_PROJECTIONS
+    return {"optimizer": name} | {key: value for key, value in options.items() if key not in left_out}
 
 
 def _belongs(folder: Path, config: RunConfig) -> bool:
     report = read_report(folder)
-    if report is not None:
-        return bool(report["config"] == config.to_dict())
-    saved = [checkpoint.facts_of(path) for path in checkpoint.checkpoints(folder)]
-    return all(facts is None or facts["config"] == config.to_dict() for facts in saved)
+    found = map(checkpoint.facts_of, checkpoint.checkpoints(folder)) if report is None else [report]
+    try:
+        return all(facts is None or RunConfig.from_dict(facts.get("config")) == config for facts in found)
+    except UserError:
+        return False
 
 
 def _train(folder: Path, options: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from subspace_optim.optimizers import key_of
 from subspace_optim.sizes import SIZES, Size
 from subspace_optim.types import BITS, ROUNDINGS
 
@@ -53,7 +54,6 @@ OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),
     "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
 }
-ALIASES = {"online_subspace_descent": "osd"}
 
 # Grid cells: the learning rate belongs to the rule, and what is projected takes GaLore's gap and scale.
 RULE_LR = {"adam": (1e-3, 1e-2), "adafactor": (1e-2, 1e-2), "lion": (3e-4, 1e-3), "momentum": (1e-1, 1e-1)}
@@ -71,7 +71,7 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
         The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
         refused when the optimizer is made.
     """
-    name = ALIASES.get(name, name)
+    name = key_of(name)
     if name in OPTIMIZER_DEFAULTS:
         row = OPTIMIZER_DEFAULTS[name]
     else:
@@ -200,10 +200,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 # Options that may change when a run is resumed: none of them decides what the weights will be, except the number of
-# steps, which a person sets on purpose to train for longer.
+# steps, which a person sets on purpose to train for longer. The text may lie elsewhere; that it is the same is checked.
 FREE_ON_RESUME = frozenset(
-    {"steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch"}
-)
+    {
+        "steps", "device", "compile", "layerwise", "parallel", "eval_every", "save_every", "keep", "watch", "data",
+        "tokenizer",
+    }
+)  # fmt: skip
 CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
@@ -236,14 +239,11 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     for key, value in (asdict(size) | dimensions).items():
         if key in RunConfig.__dataclass_fields__ and key != "rank":
             values.setdefault(key, value)
-    check_values(values | ({"tokens": tokens} if tokens is not None else {}))
+    check_values({**values, "tokens": tokens})
     if tokens is not None:
-        if "steps" in given:
-            raise UserError(f"--tokens {tokens}: --steps {given['steps']} says how long to train already; give one")
-        per_step = values["batch_size"] * values["accumulate"] * values["seq_len"]
-        values["steps"] = math.ceil(tokens / per_step)
+        values["steps"] = steps_of(given, values["batch_size"] * values["accumulate"] * values["seq_len"])
 
-    values["optimizer"] = ALIASES.get(values.get("optimizer", "galore"), values.get("optimizer", "galore"))
+    values["optimizer"] = key_of(values.get("optimizer", "galore"))
     defaults = optimizer_defaults(values["optimizer"], values["model"])
     if defaults.projected or (values["optimizer"] == "grams" and "rank" in given):
         narrow = min(values["hidden"], values["intermediate"])
@@ -276,10 +276,28 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**(fixed | named))
 
 
+def steps_of(given: Mapping[str, Any], tokens_per_step: int) -> int:
+    """The updates that ``--tokens`` takes.
+
+    Args:
+        given: The options that were named, it among them.
+        tokens_per_step: Tokens that one update is made from.
+
+    Raises:
+        UserError: They name ``--steps`` too.
+    """
+    if "steps" in given:
+        raise UserError(
+            f"--tokens {given['tokens']}: --steps {given['steps']} says how long to train already; give one"
+        )
+    return -(-int(given["tokens"]) // tokens_per_step)
+
+
 _AT_LEAST_ONE = (
     "tokens", "steps", "batch_size", "accumulate", "seq_len", "hidden", "intermediate", "heads", "layers",
     "update_proj_gap", "eval_every", "eval_tokens", "save_every", "keep",
 )  # fmt: skip
+_LARGEST = 1e12  # products of two or three stay within float32
 _NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed", "watch")
 
 
@@ -287,11 +305,12 @@ def check_values(values: Mapping[str, Any]) -> None:
     """Refuse values that no run can use.
 
     Args:
-        values: Options by name; those that are missing are not looked at.
+        values: Options by name; those that are missing, or None, are not looked at.
 
     Raises:
         UserError: A number is out of range, or a word is none of those to choose from.
     """
+    values = {key: value for key, value in values.items() if value is not None}
     for key, choices in CHOICES.items():
         if key in values and values[key] not in choices:
             raise UserError(f"{flag(key)} {values[key]}: must be one of {', '.join(map(str, choices))}")
@@ -302,15 +321,18 @@ def check_values(values: Mapping[str, Any]) -> None:
         if key in values and not 0 <= values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be 0 or more")
     for key in ("lr", "dense_lr", "scale"):
-        if values.get(key) is not None and not 0 < values[key] < math.inf:
+        if key in values and not 0 < values[key] < math.inf:
             raise UserError(f"{flag(key)} {values[key]}: must be a number above 0")
-    if values.get("seed", 0) >= 2**63:
-        raise UserError(f"--seed {values['seed']}: must be below 2**63")
+    for key, value in values.items():
+        if isinstance(value, float) and value > _LARGEST:
+            raise UserError(f"{flag(key)} {value}: must be at most {_LARGEST:g}")
+        if isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{flag(key)} {value}: must be below 2**63")
     if "vocab_size" in values and values["vocab_size"] < 257:
         raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
     if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
         raise UserError(f"--min-lr-ratio {values['min_lr_ratio']}: must lie between 0 and 1")
-    for beta in values.get("betas") or ():
+    for beta in values.get("betas", ()):
         if not 0 <= beta < 1:
             raise UserError(f"--betas {beta}: each must be at least 0 and below 1, such as 0.9 0.999")
     if {"hidden", "heads"} <= values.keys():
@@ -322,8 +344,8 @@ def check_values(values: Mapping[str, Any]) -> None:
                 f"--heads {values['heads']}: leaves {width} dimensions a head; rotary embeddings need an even number"
             )
     for key in ("rank", "embedding_rank"):
-        rank = values.get(key)
-        if rank is None or (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
+        rank = values.get(key, 1)
+        if rank >= 1 if isinstance(rank, int) else 0 < rank < 1:
             continue
         raise UserError(f"{flag(key)} {rank}: must be a whole number from 1 up, or a fraction between 0 and 1")
 
@@ -352,6 +374,17 @@ def _size(model: str) -> tuple[Size, dict[str, int]]:
     wrong = [theirs for theirs, ours in published.items() if not isinstance(dimensions[ours], int)]
     if wrong:
         raise UserError(f"--model {model}: needs a whole number for {', '.join(wrong)}")
+    ours = {
+        "model_type": "llama", "num_key_value_heads": dimensions["heads"], "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    other = [f"{key} {found[key]}" for key, value in ours.items() if found.get(key, value) not in (value, None)]
+    if other:
+        raise UserError(
+            f"--model {model}: has {', '.join(other)}, and what is trained here is a LLaMA with as many key as query "
+            "heads, a head of its own and no biases; leave that out of the file, or plan the model as it is with "
+            "subspace_optim.plan(transformers.AutoConfig.from_pretrained(DIR))"
+        )
     if isinstance(found.get("vocab_size"), int):
         dimensions["vocab_size"] = found["vocab_size"]
     return SIZES["tiny"], dimensions

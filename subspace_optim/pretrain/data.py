@@ -82,9 +82,10 @@ def _cached(folder: Path, key: str) -> Corpus | None:
     try:
         corpus = Corpus(folder=folder, key=key, **json.loads((folder / "corpus.json").read_text(encoding="utf-8")))
         sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
-    except (OSError, ValueError, TypeError):
+        whole = sizes == {split: corpus.tokens[split] * corpus.itemsize for split in SPLITS}
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return corpus if sizes == {split: corpus.tokens[split] * corpus.itemsize for split in SPLITS} else None
+    return corpus if whole else None
 
 
 def _write_tokens(folder: Path, pieces: Iterator[Piece], tokenizer: Tokenizer, limits: dict[str, int]) -> None:

@@ -337,7 +337,8 @@ class Run:
         """
         config = self.config
         saved = self.step if self.step else None
-        skips = 0
+        moved = (math.isfinite(loss) and math.isfinite(norm) for _, loss, _, norm, *_ in reversed(self.curve))
+        skips = next((number for number, whether in enumerate(moved) if whether), len(self.curve))
         self.display.start(config.steps, self.step)
         try:
             with stop_signals(again=self.ranks.size == 1) as stop:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import subspace_optim as so
-from subspace_optim.pretrain.config import RunConfig, UserError, flag, resolve
+from subspace_optim.pretrain.config import RunConfig, UserError, flag, path_of, resolve
 from subspace_optim.pretrain.display import count, size, write
 from subspace_optim.pretrain.files import storage_errors
 from subspace_optim.pretrain.model import DTYPES, build_model, summed_loss
@@ -116,7 +115,7 @@ def plan(given: Mapping[str, Any]) -> int:
         UserError: An option cannot be used.
     """
     options = dict(given)
-    path = options.pop("json", None)
+    path = path_of("--json", options.pop("json")) if "json" in options else None
     capacity, budget = options.pop("gpu", None), options.pop("budget", None)
     options.setdefault("device", "cpu" if capacity is None else "cuda")
     for key in CHOSEN if budget is not None else ():
@@ -130,6 +129,6 @@ def plan(given: Mapping[str, Any]) -> int:
     )
     write(found.table())
     if path is not None:
-        with storage_errors("--json", Path(path), "choose a file that can be written"):
+        with storage_errors("--json", path, "choose a file that can be written"):
             found.save(path)
     return 0 if found.fits else 1

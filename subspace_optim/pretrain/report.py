@@ -135,14 +135,19 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(finite) if finite else None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+_MEND = "free some space and resume; the checkpoints are safe"
+
+
+def write_json(path: Path, value: Mapping[str, Any], option: str = "--out", mend: str = _MEND) -> None:
     """Write a report in one move; what is not finite becomes null, as JSON has no word for it.
 
     Args:
         path: The file.
         value: Plain values.
+        option: What names it.
+        mend: What the person can do where it cannot be written.
     """
-    with storage_errors("--out", path, "free some space and resume; the checkpoints are safe"):
+    with storage_errors(option, path, mend):
         write_text(path, json.dumps(_finite(value), indent=1) + "\n")
 
 
@@ -243,7 +248,7 @@ def _figure(path: Path, height: float) -> Iterator[tuple[Axes, Axes]]:
         figure = Figure(figsize=(7.2, height), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         yield left, right
-        with storage_errors("--out", path, "free some space and resume; the checkpoints are safe"):
+        with storage_errors("--out", path, _MEND):
             figure.savefig(path, dpi=200)
 
 

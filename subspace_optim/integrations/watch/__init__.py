@@ -64,16 +64,21 @@ def read_lines(path: str | Path) -> list[Record]:
     """What `JSONLines` wrote; a run that was taken back to an earlier step replaces what it had written after it.
 
     Args:
-        path: of the file. A last line that was cut off is left out.
+        path: of the file. A last line that was cut off is left out, and with a warning any other that is damaged, as a
+            full disk leaves them.
     """
     records: list[Record] = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
-        found = json.loads(line)
-        while records and records[-1][0] >= found["step"]:
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            found = json.loads(line)
+            step = int(found["step"])
+            layers = [LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in found["layers"]]
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path}: line {number} is damaged and left out ({error})", stacklevel=2)
+            continue
+        while records and records[-1][0] >= step:
             records.pop()
-        records.append(
-            (found["step"], [LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in found["layers"]])
-        )
+        records.append((step, layers))
     return records
 
 
