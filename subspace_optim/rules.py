@@ -218,7 +218,6 @@ class Adafactor(Rule):
         decay_rate: c in β₂(k) = 1 - k⁻ᶜ, in (0, 1].
         clip_threshold: largest root mean square of one update.
         scale_parameter: multiply lr by max(1e-3, RMS(W)), Adafactor's relative step size.
-
         lr_inside: average lr·U instead of U, as GaLore's official code does.
 
     Source: arXiv 1804.04235.
