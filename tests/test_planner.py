@@ -215,6 +215,15 @@ def test_tied_weights_count_once():
     assert plan.bytes["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
+def test_a_module_may_hold_tensors_that_are_neither_weights_nor_buffers():
+    """As the rotary embeddings of older transformers do."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    plain = so.plan(model, rank=4, loss=lambda m, batch, _: (m(torch.zeros(batch, 16)) * torch.ones(16)).sum())
+    model.masks, model.scale = [torch.ones(16)], model[0].weight.detach()[0]
+    held = so.plan(model, rank=4, loss=lambda m, batch, _: (m(torch.zeros(batch, 16)) * m.masks[0]).sum())
+    assert held.bytes["weights"] == plain.bytes["weights"]
+
+
 def test_any_module_with_its_own_loss():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 64), nn.GELU(), nn.Linear(64, 8))
     plan = so.plan(model, rank=4, batch=32, loss=lambda m, batch, _: m(torch.zeros(batch, 3, 8, 8)).square().mean())

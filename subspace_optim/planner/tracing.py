@@ -459,8 +459,8 @@ def _twin(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kind, device="cpu")
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    tensors = chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): fake(tensor) for tensor in tensors})
+    held = tree_leaves([vars(module) for module in model.modules()])  # with what is neither weight nor buffer
+    return copy.deepcopy(model, {id(x): fake(x) for x in held if isinstance(x, Tensor)})
 
 
 def _kernels(device: str) -> Iterator[Any]:
