@@ -14,6 +14,7 @@ import torch
 
 import subspace_optim as so
 from subspace_optim.kernels import reference, select
+from subspace_optim.types import Hyper, Moments, Weights
 
 from . import limits
 from .arms import LR, MODELS, NEVER, built, peers
@@ -45,8 +46,9 @@ def parity(backend):
                 lists += [[torch.randn(1024, rank, device=GPU) * 0.1], [torch.rand(1024, rank, device=GPU) + 0.1]]
                 lists += [[torch.linalg.qr(torch.randn(704, rank, device=GPU))[0].contiguous()]]
                 lists += [[torch.zeros((), device=GPU)]]
-                rate = torch.tensor(1.0, dtype=torch.float64)
-                kernel.projected_adam_(*lists, (), rate, 0.9, 0.999, 1e-8, 0.1, 1.0, "right", "none")
+                params, grads, means, squares, bases, steps = lists
+                hyper = Hyper(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+                kernel.projected_adam_(Weights(params, steps), grads, Moments(means, squares), bases, hyper, "right")
                 ends.append([lists[i][0].double() for i in (0, 2, 3)])
             error = max((torch.dist(a, b) / b.norm()).item() for a, b in zip(*ends, strict=True))
             errors[f"{backend} {dtype} rank {rank}"] = error
@@ -97,11 +99,8 @@ def bare(optimizer):
     for work in optimizer._collect():
         bucket = work.bucket
         bases = [basis for (basis,) in optimizer.projector.bases(bucket.plan, bucket.states)]
-        arguments = (
-            *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
-            *(bases, bucket.slot("step"), bucket.seeds, torch.tensor(LR, device=GPU)),
-            *(0.9, 0.999, 1e-8, 0.0, work.group["scale"], bucket.plan.side, "none"),
-        )
+        hyper = Hyper(torch.tensor(LR, device=GPU), (0.9, 0.999), 1e-8, scale=work.group["scale"])
+        arguments = (bucket.weights, bucket.grads, bucket.adam, bases, hyper, bucket.plan.side)
         calls.append((work.kernel.projected_adam_, arguments))
 
     @torch.no_grad()

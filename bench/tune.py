@@ -15,6 +15,7 @@ import time
 import torch
 
 from subspace_optim.kernels import select
+from subspace_optim.types import Hyper, Moments, Weights
 
 from .gpu import GPU, shapes, timed
 from .measures import RESULTS, machine, written
@@ -72,16 +73,15 @@ def problem(kernels, name, half):
     lows = [torch.randn(m, rank, device=GPU) for _ in params]
     squares = [torch.rand(m, rank, device=GPU) + 0.1 for _ in params]
     steps = [torch.ones((), device=GPU) for _ in params]
-    rate = torch.tensor(1e-2, dtype=torch.float64)
+    weights, hyper = Weights(params, steps), Hyper(torch.tensor(1e-2, dtype=torch.float64), (0.9, 0.999), 1e-8)
 
     def call():
         if name == "project":
             return kernels.project(grads, bases, "right", torch.float32)
         if name == "apply":
-            kernels.apply_(params, lows, bases, steps, (), rate, 0.0, 1.0, "right", False)
+            kernels.apply_(weights, lows, bases, hyper, "right")
         else:
-            moments = (params, grads, lows, squares, bases, steps)
-            kernels.projected_adam_(*moments, (), rate, 0.9, 0.999, 1e-8, 0.0, 1.0, "right", "none")
+            kernels.projected_adam_(weights, grads, Moments(lows, squares), bases, hyper, "right")
         return params
 
     kept = [[t.clone() for t in tensors] for tensors in (params, lows, squares, steps)]

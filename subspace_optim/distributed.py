@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from .philox import ALL, Window, stochastic_round_
+from .philox import ALL, Window
 
 STACK = -1  # the axis along which the matrices of a stack lie; rows are axis 0, columns axis 1
 Axes = tuple[int | None, ...]  # which axis of the matrix every dimension of a tensor carries; None for one of its own
@@ -400,173 +399,3 @@ def _reduced(tensors: list[Tensor], mesh: Any, cuts: Sequence[int], op: Any) -> 
         dist.all_reduce(flat, op, mesh.get_group(i))
     parts = torch.split_with_sizes(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-class Sharded:
-    """The kernels of a module for the shards of a tensor: the same functions, with the reductions that shards need."""
-
-    def __init__(self, kernel: Any, sharding: Sharding) -> None:
-        self._kernel, self._sharding = kernel, sharding
-        # These work on every element, or every row of the low-rank space, by itself.
-        self.back, self.encode_, self.decode_ = kernel.back, kernel.encode_, kernel.decode_
-        self.line_norms = kernel.line_norms  # of the parts of lines that are here
-
-    def grad_max(self, grads: list[Tensor]) -> Tensor:
-        """Of this rank's shards, with NaN as ∞, since a MAX over ranks may drop NaN: the engine reduces all buckets."""
-        if grads and grads[0].numel():
-            return self._kernel.grad_max(grads).nan_to_num_(math.inf, math.inf)
-        return torch.zeros(len(grads), dtype=torch.float64, device=self._sharding.mesh.device_type)
-
-    def project(self, grads: list[Tensor], bases: list[Tensor], side: Any, dtype: torch.dtype) -> list[Tensor]:
-        """R, summed over the shards of the contracted dimension: one collective for all of the list."""
-        lows = self._kernel.project(grads, bases, side, dtype)
-        return self._sharding.sum(lows, *CONTRACTED[side]) if side else lows
-
-    def transform_(self, updates: list[Tensor], lows: list[Tensor], transform: str) -> None:
-        """As the reference; the share of elements that "cautious" keeps is that of the whole tensor."""
-        if transform != "cautious":
-            self._kernel.transform_(updates, lows, transform)
-            return
-        masks = [(n * r > 0).to(n.dtype) for n, r in zip(updates, lows, strict=True)]
-        self._kernel.transform_(updates, lows, transform, self._sharding.means(masks))
-
-    def adam_update_(
-        self,
-        lows: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        transform: str = "none",
-        eps_inside: bool = False,
-        finite: Tensor | None = None,
-    ) -> list[Tensor]:
-        """As the reference."""
-        moments = (lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps)
-        updates = self._kernel.adam_update_(*moments, "none", eps_inside, finite)
-        self.transform_(updates, lows, transform)
-        return updates
-
-    def linear_update_(
-        self,
-        lows: list[Tensor],
-        exp_avgs: list[Tensor],
-        steps: list[Tensor],
-        look: tuple[float, float],
-        keep: tuple[float, float],
-        transform: str = "none",
-        finite: Tensor | None = None,
-    ) -> list[Tensor]:
-        """As the reference."""
-        updates = self._kernel.linear_update_(lows, exp_avgs, steps, look, keep, "none", finite)
-        self.transform_(updates, lows, transform)
-        return updates
-
-    @contextmanager
-    def _rounded(
-        self, params: list[Tensor], steps: list[Tensor], seeds: Sequence[int]
-    ) -> Iterator[tuple[list[Tensor], Sequence[int], Window]]:
-        """Parameters and seeds as a kernel takes them, to be rounded by the random bits of the whole tensors.
-
-        Shards that are no window lend float32 copies, which are rounded afterwards.
-        """
-        rounds = bool(seeds) and params[0].dtype == torch.bfloat16
-        window = self._sharding.window(tuple(params[0].shape)) if rounds else ALL
-        if window is not None:
-            yield params, seeds, window
-            return
-        wide = [param.float() for param in params]
-        yield wide, [], ALL
-        elements = self._sharding.elements().to(params[0].device)
-        for param, value, seed, step in zip(params, wide, seeds, steps, strict=True):
-            stochastic_round_(param, value, seed, step, elements)
-
-    def apply_(
-        self,
-        params: list[Tensor],
-        updates: list[Tensor],
-        bases: list[Tensor],
-        steps: list[Tensor],
-        seeds: Sequence[int],
-        *how: Any,
-        finite: Tensor | None = None,
-        factors: Sequence[Tensor] = (),
-    ) -> None:
-        """As the reference."""
-        with self._rounded(params, steps, seeds) as (own, kept, window):
-            self._kernel.apply_(own, updates, bases, steps, kept, *how, window=window, finite=finite, factors=factors)
-
-    def write_(self, param: Tensor, value: Tensor, step: Tensor, seed: int | None) -> None:
-        """As the reference."""
-        with self._rounded([param], [step], [] if seed is None else [seed]) as ((own,), kept, window):
-            self._kernel.write_(own, value, step, *kept or (None,), window)
-
-    def projected_adam_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        bases: list[Tensor],
-        steps: list[Tensor],
-        seeds: Sequence[int],
-        lr: Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        scale: float,
-        side: Any,
-        transform: str,
-        finite: Tensor | None = None,
-    ) -> None:
-        """The fused kernel where nothing is to be reduced, otherwise its three pieces."""
-        reduced = side is not None and self._sharding.cuts(*CONTRACTED[side])
-        if not reduced and transform != "cautious":
-            with self._rounded(params, steps, seeds) as (own, kept, window):
-                self._kernel.projected_adam_(
-                    *(own, grads, exp_avgs, exp_avg_sqs, bases, steps, kept, lr),
-                    *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
-                    finite=finite,
-                )
-            return
-        lows = self.project(grads, bases, side, exp_avgs[0].dtype)
-        updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-        self.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
-
-    def coded_adam_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        codes: list[Tensor],
-        scales: list[Tensor],
-        tables: list[Tensor],
-        streams: Sequence[int],
-        axis: int,
-        begin: int,
-        steps: list[Tensor],
-        seeds: Sequence[int],
-        lr: Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        scale: float,
-        transform: str,
-        eps_inside: bool = False,
-        finite: Tensor | None = None,
-    ) -> None:
-        """As the reference; "cautious" takes N of the whole shard, as the share that it keeps is found in between."""
-        coded, adam = (codes, scales, tables, streams, axis, begin, steps), (beta1, beta2, eps)
-        if transform != "cautious":
-            self._kernel.coded_adam_(
-                params, grads, *coded, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite
-            )
-            return
-        updates = [torch.zeros_like(grad, dtype=step.dtype) for grad, step in zip(grads, steps, strict=True)]
-        minus_one = torch.tensor(-1.0, device="cpu")
-        self._kernel.coded_adam_(updates, grads, *coded, [], minus_one, *adam, 0.0, 1.0, "none", eps_inside, finite)
-        self.transform_(updates, grads, transform)
-        self.apply_(params, updates, [], steps, seeds, lr, weight_decay, scale, None, finite=finite)

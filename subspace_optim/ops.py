@@ -10,7 +10,6 @@ Defined by hand, because `torch.library.custom_op` would cost a step 80 µs a ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.library import Library
 from . import _ext
 from .kernels import reference
 from .philox import Window
-from .types import TRANSFORMS, Side
+from .types import TRANSFORMS, Hyper, Moments, Side, Weights
 
 SIDES: tuple[Side | None, ...] = (None, "left", "right", "both")
 PRODUCTS = ("exact", "own", "rounded")  # what may be multiplied in bfloat16: nothing, bfloat16 tensors, everything
@@ -34,19 +33,6 @@ def _define(schema: str, default: Callable[..., Any] | None, fake: Callable[...,
     if default is not None:
         _library.impl(name, default, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"subspace_optim::{name}", fake, lib=_library)
-
-
-_VALUES: dict[str, Callable[[Any], Any]] = {
-    "side": SIDES.__getitem__,
-    "transform": TRANSFORMS.__getitem__,
-    "window": Window._make,
-}
-
-
-def _decoded(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel, of arguments as ops take them; `products`, which may follow them, it does not see."""
-    values = [_VALUES.get(name, lambda x: x) for name in signature(kernel).parameters if name != "finite"]
-    return lambda *arguments: kernel(*(value(own) for value, own in zip(values, arguments, strict=False)))
 
 
 def _fake_project(
@@ -63,13 +49,26 @@ def _fake_project(
 # A dense gradient is its own projection, which an op may not return: the side is never None here.
 _define(
     "project(Tensor[] grads, Tensor[] bases, int side, ScalarType dtype, int products=0) -> Tensor[]",
-    _decoded(reference.project),
+    lambda grads, bases, side, dtype, products=0: reference.project(grads, bases, SIDES[side], dtype),
     _fake_project,
 )
 
 
-def _adam_update_(updates: list[Tensor], *arguments: Any) -> None:
-    torch._foreach_copy_(updates, _decoded(reference.adam_update_)(*arguments))
+def _adam_update_(
+    updates: list[Tensor],
+    lows: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    transform: int,
+    eps_inside: bool,
+) -> None:
+    hyper = Hyper(betas=(beta1, beta2), eps=eps, transform=TRANSFORMS[transform])
+    found = reference.adam_update_(lows, Moments(exp_avgs, exp_avg_sqs), steps, hyper, eps_inside)
+    torch._foreach_copy_(updates, found)
 
 
 # The updates are an argument: an op that writes into lists and returns one as well cannot be compiled.
@@ -104,18 +103,63 @@ _define(
     lambda *_: None,
 )
 
+
+def _apply_(
+    params: list[Tensor],
+    updates: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: list[int],
+    lr: Tensor,
+    weight_decay: float,
+    scale: float,
+    side: int,
+    sign: bool,
+    window: list[int],
+    factors: list[Tensor],
+    products: int = 0,
+) -> None:
+    hyper = Hyper(lr, weight_decay=weight_decay, scale=scale)
+    reference.apply_(Weights(params, steps, seeds, Window(*window)), updates, bases, hyper, SIDES[side], sign, factors)
+
+
 _define(
     "apply_(Tensor(a!)[] params, Tensor[] updates, Tensor[] bases, Tensor[] steps, int[] seeds, Tensor lr, "
     "float weight_decay, float scale, int side, bool sign, int[] window, Tensor[] factors, int products=0) -> ()",
-    _decoded(reference.apply_),
+    _apply_,
     lambda *_: None,
 )
+
+
+def _projected_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    bases: list[Tensor],
+    steps: list[Tensor],
+    seeds: list[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    side: int,
+    transform: int,
+    window: list[int],
+    products: int = 0,
+) -> None:
+    weights, moments = Weights(params, steps, seeds, Window(*window)), Moments(exp_avgs, exp_avg_sqs)
+    hyper = Hyper(lr, (beta1, beta2), eps, weight_decay, scale, TRANSFORMS[transform])
+    reference.projected_adam_(weights, grads, moments, bases, hyper, SIDES[side])
+
 
 _define(
     "projected_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] bases, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, float eps, "
     "float weight_decay, float scale, int side, int transform, int[] window, int products=0) -> ()",
-    _decoded(reference.projected_adam_),
+    _projected_adam_,
     lambda *_: None,
 )
 
@@ -167,11 +211,37 @@ _define(
     lambda *_: None,
 )
 
+
+def _coded_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    codes: list[Tensor],
+    scales: list[Tensor],
+    tables: list[Tensor],
+    streams: list[int],
+    axis: int,
+    begin: int,
+    steps: list[Tensor],
+    seeds: list[int],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    transform: int,
+    eps_inside: bool,
+) -> None:
+    kept = reference.Codes(codes, scales, tables, streams, axis, begin)
+    hyper = Hyper(lr, (beta1, beta2), eps, weight_decay, scale, TRANSFORMS[transform])
+    reference.coded_adam_(Weights(params, steps, seeds), grads, kept, hyper, eps_inside)
+
+
 _define(
     "coded_adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] codes, Tensor(c!)[] scales, Tensor[] tables, "
     "int[] streams, int axis, int begin, Tensor(d!)[] steps, int[] seeds, Tensor lr, float beta1, float beta2, "
     "float eps, float weight_decay, float scale, int transform, bool eps_inside) -> ()",
-    _decoded(reference.coded_adam_),
+    _coded_adam_,
     lambda *_: None,
 )
 

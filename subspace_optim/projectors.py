@@ -21,7 +21,7 @@ from . import philox
 from .distributed import WHOLE, Sharding
 from .hyperparameters import are_betas, demand, is_number, is_whole
 from .kernels import reference, select
-from .types import Bases, Bucket, Change, Plan, Side, State, change_of_basis, peak
+from .types import Bases, Bucket, Change, Hyper, Moments, Plan, Side, State, Weights, change_of_basis, peak
 
 _SHIFT = 1e-6  # relative to ‖GᵀGQ‖: above float32's rounding, below what a subspace iteration resolves
 _PERIOD = 32  # rows of a cosine transform that share a phase: ten times fewer cosines than entries
@@ -453,15 +453,14 @@ class OnlinePCA(SVD):
 
     def _descend_(self, bucket: Bucket, norms: list[Tensor], lows: list[Tensor], rate: Tensor, kernel: Any) -> None:
         plan, steps = bucket.plan, bucket.slot("basis_step")
+        hyper = Hyper(rate, self.basis_betas, 1e-8, self.basis_weight_decay)
         for side, key in zip(plan.sides, plan.basis_keys, strict=True):
-            bases, moments = bucket.slot(key), [bucket.slot(f"{key}_{name}") for name in _BASIS_MOMENTS]
+            bases, moments = bucket.slot(key), Moments(*(bucket.slot(f"{key}_{name}") for name in _BASIS_MOMENTS))
             own = lows if lows and plan.side != "both" else kernel.project(bucket.grads, bases, side, plan.state_dtype)
             slopes = self.slopes(bases, bucket.grads, own, norms, side, plan.sharding, kernel)
             counts = steps if key == plan.basis_keys[-1] else list(torch._foreach_add(steps, 0))  # which both share
-            updates = kernel.adam_update_(slopes, *moments, counts, *self.basis_betas, 1e-8, finite=bucket.finite)
-            kernel.apply_(
-                *(bases, updates, [], counts, [], rate, self.basis_weight_decay, 1.0, None), finite=bucket.finite
-            )
+            updates = kernel.adam_update_(slopes, moments, counts, hyper, finite=bucket.finite)
+            kernel.apply_(Weights(bases, counts, finite=bucket.finite), updates, [], hyper, None)
 
     def _retract_(self, bucket: Bucket) -> list[Change] | None:
         """Orthonormal bases in the place of those that are due, which is no ordinary step."""

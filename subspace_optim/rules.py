@@ -23,9 +23,11 @@ from .types import (
     Bucket,
     Change,
     Hyper,
+    Moments,
     Plan,
     Side,
     State,
+    Weights,
     change_of_basis,
     choose_,
     peak,
@@ -104,11 +106,8 @@ class Rule:
         self, bucket: Bucket, updates: list[Tensor], hyper: Hyper, kernel: Kernel, lr: Tensor | None = None
     ) -> None:
         """Write the parameters; `lr` replaces the group's, one a tensor."""
-        kernel.apply_(
-            *(bucket.params, updates, flat(bucket.bases), bucket.slot("step"), bucket.seeds),
-            *(hyper.lr if lr is None else lr, hyper.weight_decay, self.scale(hyper), bucket.plan.side, self.sign_after),
-            finite=bucket.finite,
-        )
+        own = replace(hyper, lr=hyper.lr if lr is None else lr, scale=self.scale(hyper))
+        kernel.apply_(bucket.weights, updates, flat(bucket.bases), own, bucket.plan.side, self.sign_after)
 
     def scale(self, hyper: Hyper) -> float:
         """α; to decay the new weight instead of the old one is to shrink the update by (1 - lr·λ) as well."""
@@ -152,19 +151,12 @@ class Adam(Rule):
         if bucket.projected or self.eps_inside or self.decay_after:
             super().step_(bucket, hyper, kernel)
             return
-        kernel.projected_adam_(
-            *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), flat(bucket.bases)),
-            *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale),
-            *(bucket.plan.side, hyper.transform),
-            finite=bucket.finite,
-        )
+        bases = flat(bucket.bases)
+        kernel.projected_adam_(bucket.weights, bucket.grads, bucket.adam, bases, hyper, bucket.plan.side)
 
     def update_(self, bucket: Bucket, lows: list[Tensor], hyper: Hyper, kernel: Kernel) -> list[Tensor]:
         """N = M̂/(√V̂ + ε)."""
-        return kernel.adam_update_(
-            *(lows, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq"), bucket.slot("step")),
-            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside, bucket.finite),
-        )
+        return kernel.adam_update_(lows, bucket.adam, bucket.slot("step"), hyper, self.eps_inside, bucket.finite)
 
 
 @dataclass(frozen=True)
@@ -366,44 +358,37 @@ class CompressedAdafactor(Adafactor):
     def step_(self, bucket: Bucket, hyper: Hyper, kernel: Kernel) -> None:
         """One matrix at a time, as U and D are as large as the parameter, unless the kernel has it as one function."""
         beta, plan = hyper.betas[0], bucket.plan
+        own = replace(hyper, lr=self._rates(bucket, hyper), scale=self.scale(hyper))
         if plan.side is not None and hasattr(kernel, "compressed_adafactor_"):
             moves = [
                 old is not new and hyper.moments != "keep"
                 for old, new in zip(bucket.previous, bucket.bases, strict=True)
             ]
             kernel.compressed_adafactor_(
-                *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq_row")),
-                *(bucket.slot("exp_avg_sq_col"), flat(bucket.previous), flat(bucket.bases), moves),
-                *(bucket.slot("step"), bucket.seeds, self._rates(bucket, hyper), beta, self.decay_rate),
-                *(self.clip_threshold, hyper.weight_decay, self.scale(hyper), plan.side, hyper.transform),
-                finite=bucket.finite,
+                *(bucket.weights, bucket.grads, *map(bucket.slot, ("exp_avg", "exp_avg_sq_row", "exp_avg_sq_col"))),
+                *(flat(bucket.previous), flat(bucket.bases), moves, own, self.decay_rate, self.clip_threshold),
+                plan.side,
             )
             return
         _count_(bucket)
-        rates = self._rates(bucket, hyper)
-        history = scalar(-beta)  # the rate at which D takes steps along back(C)
-        axes = tuple(range(len(plan.matrix)))
-        for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
-            finite = None if bucket.finite is None else bucket.finite[i : i + 1]
-            grad, moment = bucket.grads[i].to(plan.state_dtype), state["exp_avg"]
+        history = Hyper(scalar(-beta))  # D takes steps along back(C)
+        axes, all_weights = tuple(range(len(plan.matrix))), bucket.weights
+        for i, state in enumerate(bucket.states):
+            weights = all_weights.part(slice(i, i + 1))
+            finite, grad, moment = weights.finite, bucket.grads[i].to(plan.state_dtype), state["exp_avg"]
             old, new = (bucket.previous[i], bucket.bases[i]) if plan.side else ((), ())
             updates = self._normalised_(plan, axes, [state], grad.unsqueeze(0), state["step"].view(1), finite)
             update = updates[0]
             low = kernel.project([update], new, plan.side, plan.state_dtype)[0] * (1 - beta)
             update.mul_(1 - beta)
-            kernel.apply_([update], [moment], list(old), [state["step"]], [], history, 0.0, 1.0, plan.side)
+            kernel.apply_(Weights([update], weights.steps), [moment], list(old), history, plan.side)
             past = moment
             if old is not new and hyper.moments != "keep":
                 past = carried(moment, change_of_basis(plan, old, new), plan.side)
             choose_(finite, [low.add_(past, alpha=beta)], [moment])
             kernel.transform_([update], [grad], hyper.transform)
             self._clip_(plan, updates)
-            rate = rates[i : i + 1] if rates.ndim else rates
-            kernel.apply_(
-                *([param], [update], [], [state["step"]], bucket.seeds[i : i + 1], rate),
-                *(hyper.weight_decay, self.scale(hyper), None),
-                finite=finite,
-            )
+            kernel.apply_(weights, [update], [], own.part(slice(i, i + 1)), None)
 
 
 @dataclass(frozen=True)
@@ -458,30 +443,22 @@ class WeightNormAdam(Adam):
             super().step_(bucket, hyper, kernel)
             return
         if hasattr(kernel, "weight_norm_adam_"):
-            kernel.weight_norm_adam_(
-                *(bucket.params, bucket.grads, bucket.slot("exp_avg"), bucket.slot("exp_avg_sq")),
-                *(bucket.slot("magnitude_exp_avg"), bucket.slot("magnitude_exp_avg_sq"), flat(bucket.bases)),
-                *(bucket.slot("step"), bucket.seeds, hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay),
-                *(hyper.scale, plan.side, hyper.transform),
-                finite=bucket.finite,
-            )
+            lengths = Moments(bucket.slot("magnitude_exp_avg"), bucket.slot("magnitude_exp_avg_sq"))
+            bases = flat(bucket.bases)
+            kernel.weight_norm_adam_(bucket.weights, bucket.grads, bucket.adam, lengths, bases, hyper, plan.side)
             return
+        plain, all_weights = replace(hyper, weight_decay=0.0), bucket.weights
         for i, (param, state) in enumerate(zip(bucket.params, bucket.states, strict=True)):
-            finite = None if bucket.finite is None else bucket.finite[i : i + 1]
+            weights = all_weights.part(slice(i, i + 1))
             tangent, radial, norm = self._split(param, bucket.grads[i], plan)
             low = kernel.project([tangent], bucket.bases[i], plan.side, plan.state_dtype)
-            update, growth = self.adam_(state, low[0], radial, hyper, kernel, finite)
+            update, growth = self.adam_(state, low[0], radial, hyper, kernel, weights.finite)
             moved = tangent.copy_(param)
-            kernel.apply_(
-                *([moved], [update], list(bucket.bases[i]), [state["step"]], [], hyper.lr, 0.0, hyper.scale, plan.side)
-            )
+            kernel.apply_(Weights([moved], weights.steps), [update], bucket.bases[i], plain, plan.side)
             magnitude = norm.mul(1 - hyper.lr * hyper.weight_decay).sub_(growth * hyper.lr).clamp_(min=0)
             length = plan.sharding.norm(moved, (0, 1), (-1,))
             rescale = torch.where((norm > 0) & (length > 0), magnitude / length.clamp(min=1e-30), 1)
-            moved.mul_(rescale.unsqueeze(-1))
-            if finite is not None:  # what W is already rounds to itself
-                moved = torch.where(finite, moved, param)
-            kernel.write_(param, moved, state["step"], bucket.seeds[i] if bucket.seeds else None)
+            kernel.write_(weights, [moved.mul_(rescale.unsqueeze(-1))])
 
     def adam_(
         self,
@@ -493,15 +470,11 @@ class WeightNormAdam(Adam):
         finite: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """N and n: Adam's updates of direction and length, which share one step count."""
-        same_step = state["step"].clone()
-        (update,) = kernel.adam_update_(
-            *([low], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]]),
-            *(*hyper.betas, hyper.eps, hyper.transform, self.eps_inside, finite),
-        )
-        (growth,) = kernel.adam_update_(
-            *([radial], [state["magnitude_exp_avg"]], [state["magnitude_exp_avg_sq"]], [same_step]),
-            *(*hyper.betas, hyper.eps, "none", self.eps_inside, finite),
-        )
+        moments = Moments([state["exp_avg"]], [state["exp_avg_sq"]])
+        lengths = Moments([state["magnitude_exp_avg"]], [state["magnitude_exp_avg_sq"]])
+        same_step, plain = state["step"].clone(), replace(hyper, transform="none")
+        (update,) = kernel.adam_update_([low], moments, [state["step"]], hyper, self.eps_inside, finite)
+        (growth,) = kernel.adam_update_([radial], lengths, [same_step], plain, self.eps_inside, finite)
         return update, growth
 
 
@@ -558,12 +531,8 @@ class Apollo(Adam):
         wanted, seen, whole = (norm(own, carried, dims) for own, carried in zip(lines, axes, strict=True))
         factors = wanted / torch.maximum(seen, whole * share).clamp_(min=_NORM_FLOOR)  # s of every matrix
         self._limit_(factors, norm(factors * lines[-1], axes[-1], (-2, -1)), bucket, hyper)
-        kernel.apply_(
-            *(bucket.params, bucket.grads, [], bucket.slot("step"), bucket.seeds, hyper.lr, hyper.weight_decay),
-            *(self.scale(hyper), None),
-            finite=bucket.finite,
-            factors=factors.unbind(),
-        )
+        own = replace(hyper, scale=self.scale(hyper))
+        kernel.apply_(bucket.weights, bucket.grads, [], own, None, factors=factors.unbind())
 
     def _limit_(self, factors: Tensor, norms: Tensor, bucket: Bucket, hyper: Hyper) -> None:
         """Shorten every S, of the length in `norms`, to what the limit allows; both are (matrices, 1, 1) or wider."""

@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 from zlib import crc32
 
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from . import philox
 from .kernels import reference
-from .types import BITS, BLOCK, Bucket, Plan, Seeds, Side, State, choose_, scalar, stacked
+from .types import BITS, BLOCK, Bucket, Hyper, Moments, Plan, Side, State, Weights, choose_, stacked
 
 Kind = Literal["signed", "unsigned", "linear"]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of what is stepped; those of a basis are named after it
@@ -250,95 +251,64 @@ class Coding:
     def adam_update_(
         self,
         lows: list[Tensor],
-        exp_avgs: list[Any],
-        exp_avg_sqs: list[Any],
+        moments: Any,
         steps: list[Tensor],
-        beta1: float,
-        beta2: float,
-        eps: float,
-        transform: str = "none",
+        hyper: Hyper,
         eps_inside: bool = False,
         finite: Tensor | None = None,
     ) -> list[Tensor]:
         """As the reference; N of a kernel that cannot return it is where a step of -1 takes a zero."""
-        adam = (beta1, beta2, eps)
-        if not isinstance(exp_avgs[0], Coded):
-            return self._kernel.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, eps_inside, finite)
-        coded = (*_flat(exp_avgs, exp_avg_sqs), steps)
+        codes = _codes(moments)
+        if codes is None:
+            return self._kernel.adam_update_(lows, moments, steps, hyper, eps_inside, finite)
         if hasattr(self._kernel, "coded_adam_update_"):
-            return self._kernel.coded_adam_update_(lows, *coded, *adam, transform, eps_inside, finite)
-        updates = [torch.zeros_like(low, memory_format=torch.contiguous_format) for low in lows]
-        rest = (*adam, 0.0, 1.0, transform, eps_inside, finite)
-        self._kernel.coded_adam_(updates, lows, *coded, [], scalar(-1), *rest)
-        return updates
+            return self._kernel.coded_adam_update_(lows, codes, steps, hyper, eps_inside, finite)
+        return reference.coded_updates(self._kernel, lows, codes, steps, hyper, eps_inside, finite)
 
-    def _weight_norm_adam_(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Any],
-        exp_avg_sqs: list[Any],
-        length_avgs: list[Tensor],
-        length_avg_sqs: list[Tensor],
-        bases: list[Tensor],
-        steps: list[Tensor],
-        *how: Any,
-        finite: Tensor | None = None,
-    ) -> None:
+    def _weight_norm_adam_(self, weights: Weights, grads: list[Tensor], moments: Any, *how: Any) -> None:
         """As native, which finds the moments decoded; the kernels of a GPU take the codes."""
-        rest = (length_avgs, length_avg_sqs, bases, steps, *how)
-        if not isinstance(exp_avgs[0], Coded):
-            self._kernel.weight_norm_adam_(params, grads, exp_avgs, exp_avg_sqs, *rest, finite)
-        elif hasattr(self._kernel, "coded_adam_update_"):
-            coded = _flat(exp_avgs, exp_avg_sqs)
-            self._kernel.weight_norm_adam_(params, grads, [], [], *rest, finite, coded)
-        else:
-            first, second = (decoded(own, self._kernel, steps[0].dtype) for own in (exp_avgs, exp_avg_sqs))
-            self._kernel.weight_norm_adam_(params, grads, first, second, *rest, finite)
-            columns: list[Any] = [[*exp_avgs, *exp_avg_sqs], first + second, steps * 2]
-            for own, x, step in zip(*(columns if finite is None else reference.taken(finite, *columns)), strict=True):
-                own.codec.encode_([x], [own.codes], [own.scales], [own.seed], [step], self._kernel, own.begin)
+        codes = _codes(moments)
+        if codes is None or hasattr(self._kernel, "coded_adam_update_"):
+            self._kernel.weight_norm_adam_(weights, grads, codes or moments, *how)
+            return
+        steps, finite = weights.steps, weights.finite
+        first, second = (decoded(own, self._kernel, steps[0].dtype) for own in moments)
+        self._kernel.weight_norm_adam_(weights, grads, Moments(first, second), *how)
+        columns: list[Any] = [list(chain(*moments)), first + second, steps * 2]
+        for own, x, step in zip(*(columns if finite is None else reference.taken(finite, *columns)), strict=True):
+            own.codec.encode_([x], [own.codes], [own.scales], [own.seed], [step], self._kernel, own.begin)
 
     def projected_adam_(
         self,
-        params: list[Tensor],
+        weights: Weights,
         grads: list[Tensor],
-        exp_avgs: list[Any],
-        exp_avg_sqs: list[Any],
-        bases: list[Tensor],
-        steps: list[Tensor],
-        seeds: Seeds,
-        lr: Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        scale: float,
+        moments: Any,
+        bases: Sequence[Tensor],
+        hyper: Hyper,
         side: Side | None,
-        transform: str,
-        finite: Tensor | None = None,
     ) -> None:
         """As the reference; nothing of the size of a tensor that is not projected is decoded."""
-        adam, rest = (beta1, beta2, eps), (lr, beta1, beta2, eps, weight_decay, scale)
-        if not isinstance(exp_avgs[0], Coded):
-            own = (params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
-            self._kernel.projected_adam_(*own, *rest, side, transform, finite=finite)
+        codes = _codes(moments)
+        if codes is None:
+            self._kernel.projected_adam_(weights, grads, moments, bases, hyper, side)
         elif side is None:
-            coded = _flat(exp_avgs, exp_avg_sqs)
-            self._kernel.coded_adam_(params, grads, *coded, steps, seeds, *rest, transform, finite=finite)
+            self._kernel.coded_adam_(weights, grads, codes, hyper)
         else:
-            lows = self._kernel.project(grads, bases, side, steps[0].dtype)
-            updates = self.adam_update_(lows, exp_avgs, exp_avg_sqs, steps, *adam, transform, finite=finite)
-            self._kernel.apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, finite=finite)
+            lows = self._kernel.project(grads, bases, side, weights.steps[0].dtype)
+            updates = self.adam_update_(lows, moments, weights.steps, hyper, finite=weights.finite)
+            self._kernel.apply_(weights, updates, bases, hyper, side)
 
 
-def _flat(exp_avgs: list[Coded], exp_avg_sqs: list[Coded]) -> reference.Codes:
-    first, second, moments = exp_avgs[0], exp_avg_sqs[0], [*exp_avgs, *exp_avg_sqs]
+def _codes(moments: Any) -> reference.Codes | None:
+    """Moments as coded_adam_ takes them, where they are `Coded`."""
+    first, second, every = moments.exp_avgs[0], moments.exp_avg_sqs[0], list(chain(*moments))
+    if not isinstance(first, Coded):
+        return None
     return reference.Codes(
-        [moment.codes for moment in moments],
-        [moment.scales for moment in moments],
+        [moment.codes for moment in every],
+        [moment.scales for moment in every],
         [first.table, second.table],
-        [moment.seed for moment in moments],
+        [moment.seed for moment in every],
         first.codec.axis,
         first.begin,
     )

@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .distributed import STACK, WHOLE, Axes, Layout, Sharding, fold
+from .philox import ALL, Window
 
 Side = Literal["left", "right", "both"]
 T = TypeVar("T")
 State = dict[str, Any]  # tensors and ints only, so that torch.load and DCP take it as it is
 Bases = tuple[Tensor, ...]  # one basis, or (left, right) when the side is "both"
-Seeds = Sequence[int | Tensor]  # as kernels round by: see Bucket.seeds
+Seeds = Sequence[int | Tensor]  # as kernels round by: see Weights.seeds
 Change = tuple[Tensor, ...]  # per basis, (r, r): Q_oldᵀ Q_new
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full", "local")
@@ -276,15 +277,69 @@ def peak(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Hyper:
-    """The hyperparameters of one group at one step."""
+    """The hyperparameters of one group at one step; the defaults are of W ← W - N.
 
-    lr: Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    scale: float
-    transform: str
-    moments: str
+    Attributes:
+        lr: 0-d, or one a tensor.
+        betas: β₁ and β₂.
+        eps: ε.
+        weight_decay: λ, decoupled.
+        scale: α.
+        transform: of N, one of TRANSFORMS.
+        moments: what a change of basis does to them, one of MOMENTS.
+    """
+
+    lr: Tensor = field(default_factory=partial(scalar, 1))
+    betas: tuple[float, float] = (0.0, 0.0)
+    eps: float = 0.0
+    weight_decay: float = 0.0
+    scale: float = 1.0
+    transform: str = "none"
+    moments: str = "keep"
+
+    def part(self, at: slice) -> Hyper:
+        """That of some tensors."""
+        return replace(self, lr=self.lr[at]) if self.lr.ndim else self
+
+
+class Moments(NamedTuple):
+    """What Adam keeps of tensors, in parallel lists: its averages of R and of R²."""
+
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+
+    def part(self, at: slice) -> Moments:
+        """Those of some."""
+        return Moments(self.exp_avgs[at], self.exp_avg_sqs[at])
+
+
+class Weights(NamedTuple):
+    """Parameters as kernels write them, each once a step, in parallel lists.
+
+    Attributes:
+        params: W, written in place.
+        steps: 0-d, their step counts: with `seeds`, the counters of the rounding.
+        seeds: one a tensor rounds bfloat16 stochastically; none rounds to nearest; a tensor for each is what rounding
+            has taken from it so far (Kahan).
+        window: which elements of whole tensors these are, which are rounded as the whole.
+        finite: on the device, a bool for every one, if given: one that it says no of stays as it is, with its moments
+            and its step count. So a kernel can skip what the host need not wait to know of.
+    """
+
+    params: list[Tensor]
+    steps: list[Tensor]
+    seeds: Seeds = ()
+    window: Window = ALL
+    finite: Tensor | None = None
+
+    def seed(self, i: int) -> int | Tensor | None:
+        """Of one of them."""
+        return self.seeds[i] if self.seeds else None
+
+    def part(self, at: slice) -> Weights:
+        """Some of them."""
+        finite = None if self.finite is None else self.finite[at]
+        return Weights(self.params[at], self.steps[at], self.seeds[at], self.window, finite)
 
 
 @dataclass(slots=True)
@@ -323,10 +378,20 @@ class Bucket:
 
     @property
     def seeds(self) -> Seeds:
-        """What kernels round by: seeds, none for to nearest, or what rounding has taken from each parameter (Kahan)."""
+        """What kernels round by: see Weights."""
         if self.plan.compensated and self.params[0].dtype == self.plan.dtype:
             return self.slot("compensation")
         return self.streams if self.rounding else []
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters as kernels write them."""
+        return Weights(self.params, self.slot("step"), self.seeds, finite=self.finite)
+
+    @property
+    def adam(self) -> Moments:
+        """The moments of Adam."""
+        return Moments(self.slot("exp_avg"), self.slot("exp_avg_sq"))
 
     def part(self, members: list[int]) -> Bucket:
         """The bucket of some members, before their bases are known."""

@@ -9,7 +9,7 @@ from subspace_optim import storage
 from subspace_optim.kernels import reference
 from subspace_optim.philox import ALL, Window
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
-from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
+from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Moments, Plan, Weights
 
 CANARY = 77.0
 
@@ -38,6 +38,17 @@ def bucket(shape, rank, side, dtype, count=2, device="cpu"):
     )
 
 
+RATE = torch.tensor(0.7, dtype=torch.float64)
+HYPER = Hyper(RATE, (0.8, 0.95), 1e-3, 0.1, 0.5, "none", "rotate")
+
+
+def step_projected(kernel, lists, side, transform="none", seeds=(), window=ALL, finite=None, **changed):
+    """One step of projected_adam_, of the lists of `bucket`; `changed` numbers of HYPER."""
+    params, grads, means, squares, bases, steps = lists
+    weights, moments = Weights(params, steps, seeds, window, finite), Moments(means, squares)
+    kernel.projected_adam_(weights, grads, moments, bases, replace(HYPER, transform=transform, **changed), side)
+
+
 def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
     """params, grads, codes, scales, steps; some are zero, and so are all of a block."""
     params, grads, means, squares, _, steps = bucket(shape, None, None, dtype, count, device)
@@ -54,19 +65,15 @@ def coded_bucket(shape, axis, bits, dtype, count=2, device="cpu"):
     return params, grads, codes, scales, steps
 
 
-RATE = torch.tensor(0.7, dtype=torch.float64)
-
-
 def step_coded(kernel, lists, axis, bits, transform="none", seeds=(), begin=0, eps_inside=False, finite=None, lr=RATE):
     """One step of coded_adam_."""
     params, grads, codes, scales, steps = lists
     device = params[0].device
     tables = [torch.tensor(storage.values(kind, bits), device=device) for kind in ("signed", "unsigned")]
     streams = [2**40 + 7 * i for i in range(len(codes))]
-    kernel.coded_adam_(
-        *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr),
-        *(0.8, 0.95, 1e-3, 0.1, 0.5, transform, eps_inside, finite),
-    )
+    kept = reference.Codes(codes, scales, tables, streams, axis, begin)
+    hyper = replace(HYPER, lr=lr, transform=transform)
+    kernel.coded_adam_(Weights(params, steps, seeds, finite=finite), grads, kept, hyper, eps_inside)
 
 
 def update_coded(kernel, lists, axis, bits, transform="none", begin=0):
@@ -76,8 +83,8 @@ def update_coded(kernel, lists, axis, bits, transform="none", begin=0):
     moments = [
         storage.Coded(codec[i // len(lows)], *pair, 2**40 + 7 * i, begin) for i, pair in enumerate(zip(codes, scales))
     ]
-    first, second = moments[: len(lows)], moments[len(lows) :]
-    return storage.Coding(kernel).adam_update_(lows, first, second, steps, 0.8, 0.95, 1e-3, transform)
+    pair = Moments(moments[: len(lows)], moments[len(lows) :])
+    return storage.Coding(kernel).adam_update_(lows, pair, steps, replace(HYPER, transform=transform))
 
 
 def assert_codes_alike(kernel, codec, shape, seeds, begin, dtype=torch.float32, pad=16, device="cpu"):
@@ -131,7 +138,7 @@ def step_lengths(kernel, lists, side, transform="none", seeds=(), finite=None, l
     states = [dict(zip(keys, own)) for own in zip(*moments, steps)]
     given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
     given.bases = [tuple(bases[i::count]) for i in range(count)]
-    WeightNormAdam().step_(given, Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate"), kernel)
+    WeightNormAdam().step_(given, replace(HYPER, lr=lr, transform=transform), kernel)
 
 
 def momentum_bucket(shape, rank, side, dtype, count=2, device="cpu"):
@@ -158,8 +165,7 @@ def step_momenta(kernel, lists, side, transform="none", seeds=(), finite=None, l
     given = Bucket(plan, bool(seeds), params, grads, states, streams=list(seeds), finite=finite)
     given.previous = [tuple(old[i::count]) for i in range(count)]
     given.bases = [*given.previous[:-1], tuple(new[count - 1 :: count])]
-    hyper = Hyper(lr, (0.8, 0.95), 1e-3, 0.1, 0.5, transform, "rotate")
-    CompressedAdafactor(clip_threshold=clip).step_(given, hyper, kernel)
+    CompressedAdafactor(clip_threshold=clip).step_(given, replace(HYPER, lr=lr, transform=transform), kernel)
 
 
 def step_coded_lengths(kernel, lists, side, bits, transform="none", seeds=(), finite=None):
@@ -198,7 +204,7 @@ def compensated(kernel, what, dtype, device="cpu"):
         step_momenta(kernel, lists, side, rests=rests)
     else:
         lists[4] = [torch.eye(len(b), device=device)[:, :3].contiguous() for b in lists[4]]
-        kernel.projected_adam_(*lists, rests, RATE, 0.8, 0.95, 1e-3, 0.1, 0.5, side, "none")
+        step_projected(kernel, lists, side, seeds=rests)
     return lists[0], [w.float() + rest for w, rest in zip(lists[0], rests)]
 
 
@@ -265,7 +271,7 @@ def assert_scaled_alike(kernel, dtype, device="cpu"):
             mine, theirs, unharmed = twice((params, grads, factors, steps, rests))
             for each, (w, g, f, k, own) in ((kernel, mine), (reference, theirs)):
                 given = own if seeds is rests else seeds
-                each.apply_(w, g, [], k, given, rate, 0.1, 0.5, None, finite=flags, factors=f)
+                each.apply_(Weights(w, k, given, finite=flags), g, [], replace(HYPER, lr=rate), None, factors=f)
             assert unharmed()
             assert error(mine[0], theirs[0]) < close
             assert error(mine[0], params) > 1e-2
@@ -366,15 +372,12 @@ def part_and_whole(kernel, side, shape, rows, columns):
         def own(tensors, at, window=window):
             return [(t if window is ALL else t[at]).clone(memory_format=torch.contiguous_format) for t in tensors]
 
-        weights, lows, q, counts = own(params, (rows, columns)), own(means, low), own(bases, across), own(steps, ())
-        seeds, rate = [2**62 + 12345, 7], torch.tensor(0.7)
-        kernel.apply_(weights, lows, q, counts, seeds, rate, 0.1, 0.5, side, window=window)
+        w, lows, q, counts = own(params, (rows, columns)), own(means, low), own(bases, across), own(steps, ())
+        seeds, lr = [2**62 + 12345, 7], torch.tensor(0.7)
+        kernel.apply_(Weights(w, counts, seeds, window), lows, q, replace(HYPER, lr=lr), side)
         if side is None or across == slice(0, d):
-            kernel.projected_adam_(
-                *(weights, own(grads, (rows, columns)), lows, own(squares, low), q, counts, seeds, rate),
-                *(0.8, 0.95, 1e-3, 0.1, 0.5, side, "none"),
-                window=window,
-            )
-        kernel.write_(weights[1], weights[1].float() * 1.001, counts[1], 5, window)
-        ends.append([w[rows, columns] if window is ALL else w for w in weights])
+            lists = (w, own(grads, (rows, columns)), lows, own(squares, low), q, counts)
+            step_projected(kernel, lists, side, seeds=seeds, window=window, lr=lr)
+        kernel.write_(Weights(w[1:], counts[1:], [5], window), [w[1].float() * 1.001])
+        ends.append([x[rows, columns] if window is ALL else x for x in w])
     return ends

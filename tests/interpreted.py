@@ -3,13 +3,16 @@
 Uninitialised memory is NaN here, and every tensor that a kernel may write lies between canaries.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import interpreter  # noqa: F401
 import pytest
 import torch
 from buckets import (
+    HYPER,
     PARTS,
+    RATE,
     assert_averages_alike,
     assert_coded_alike,
     assert_coded_rows_alike,
@@ -29,6 +32,7 @@ from buckets import (
     step_coded,
     step_lengths,
     step_momenta,
+    step_projected,
     twice,
     update_coded,
 )
@@ -38,9 +42,8 @@ import subspace_optim as so
 from subspace_optim import engine, storage
 from subspace_optim.kernels import reference, select
 from subspace_optim.kernels import triton as kernels
+from subspace_optim.types import Hyper, Moments, Weights
 
-ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "scale": 0.5}
-HOST_LR = torch.tensor(0.7, dtype=torch.float64)
 BITS16 = (torch.bfloat16, torch.float16)
 
 
@@ -74,11 +77,10 @@ def path(request, fuse):
     fuse(256 if request.param == "fused" else 0)
 
 
-def step_both(lists, side, transform="none", seeds=(), lr=HOST_LR):
+def step_both(lists, side, transform="none", seeds=(), lr=RATE):
     mine, theirs, unharmed = twice(lists)
-    arguments = (seeds, lr, *ADAM.values(), side, transform)
-    kernels.projected_adam_(*mine, *arguments)
-    reference.projected_adam_(*theirs, *arguments)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        step_projected(kernel, own, side, transform, seeds, lr=lr)
     assert unharmed()
     return mine, theirs
 
@@ -155,10 +157,9 @@ def test_first_steps_and_zero_gradients():
     state = [[torch.zeros_like(t) for t in column] for column in state[:2]] + [[]]
     grads[1].zero_()
     mine, theirs, _ = twice((params, grads, *state, [torch.zeros(()) for _ in steps]))
-    arguments = ((), HOST_LR, 0.9, 0.999, 1e-8, 0.0, 1.0, None, "none")
     for _ in range(3):
-        kernels.projected_adam_(*mine, *arguments)
-        reference.projected_adam_(*theirs, *arguments)
+        for kernel, own in ((kernels, mine), (reference, theirs)):
+            step_projected(kernel, own, None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0)
     assert error(mine[0], theirs[0]) < 1e-6
     assert torch.equal(mine[0][1], params[1])
 
@@ -170,8 +171,8 @@ def test_apply_with_a_rate_for_each_tensor_and_signs(shape, lr):
     params, _, updates, _, bases, steps = bucket(*shape, torch.float32)
     for sign in (False, True):
         mine, theirs, unharmed = twice((params, updates, bases, steps))
-        for kernel, lists in ((kernels, mine), (reference, theirs)):
-            kernel.apply_(*lists, (), lr, 0.1, 0.5, side, sign)
+        for kernel, (w, n, q, k) in ((kernels, mine), (reference, theirs)):
+            kernel.apply_(Weights(w, k), n, q, replace(HYPER, lr=lr), side, sign)
         assert error(mine[0], theirs[0]) < 1e-6
         assert unharmed()
 
@@ -184,8 +185,8 @@ def test_what_is_not_finite_is_left_alone(shape, path, monkeypatch):
     seeds, flags = [5, 6, 7, 8], some_unusable(lists)
     mine, before, unharmed = twice(lists)
     alone = members(before, flags)[0]
-    kernels.projected_adam_(*mine, seeds, HOST_LR, *ADAM.values(), side, "grams", finite=flags)
-    kernels.projected_adam_(*alone, members([seeds], flags)[0][0], HOST_LR, *ADAM.values(), side, "grams")
+    step_projected(kernels, mine, side, "grams", seeds, finite=flags)
+    step_projected(kernels, alone, side, "grams", members([seeds], flags)[0][0])
     stepped, left = members(mine, flags)
     for own, expected in ((stepped, alone), (left, members(lists, flags)[1])):
         torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
@@ -198,8 +199,8 @@ def test_adam_update(transform, eps_inside):
     _, lows, means, squares, _, steps = bucket((33, 17), None, None, torch.float32)
     mine, theirs, unharmed = twice((lows, means, squares, steps))
     out, expected = (
-        kernel.adam_update_(*lists, 0.8, 0.95, 1e-3, transform, eps_inside)
-        for kernel, lists in ((kernels, mine), (reference, theirs))
+        kernel.adam_update_(r, Moments(m, v), k, replace(HYPER, transform=transform), eps_inside)
+        for kernel, (r, m, v, k) in ((kernels, mine), (reference, theirs))
     )
     for a, b in zip((out, *mine), (expected, *theirs)):
         assert error(a, b) < 1e-6
@@ -288,7 +289,7 @@ def test_rows_are_stepped_on_codes(side, bits, transform, monkeypatch):
 )
 def test_whole_gradients_beside_a_compressed_momentum(side, transform, monkeypatch):
     monkeypatch.setattr(kernels, "_WORKSPACE", 4000)  # in parts
-    for shape, rank, rates in (((33, 17), 5, HOST_LR), ((20, 140), 9, torch.tensor([0.5, 0.7, 0.2]))):
+    for shape, rank, rates in (((33, 17), 5, RATE), ((20, 140), 9, torch.tensor([0.5, 0.7, 0.2]))):
         mine, theirs, unharmed = twice(momentum_bucket(shape, rank, side, torch.float32, count=3))
         step_momenta(kernels, mine, side, transform, lr=rates)
         theirs = [[t.double() for t in column] for column in theirs]
@@ -329,8 +330,8 @@ SEEDS = (2**62 + 12345, 7)
 
 def rounded_both(params, updates, bases, steps, side):
     mine, theirs, unharmed = twice((params, updates, bases, steps))
-    for kernel, lists in ((kernels, mine), (reference, theirs)):
-        kernel.apply_(*lists, SEEDS, torch.tensor(1.0), 0.0, 1.0, side)
+    for kernel, (w, n, q, k) in ((kernels, mine), (reference, theirs)):
+        kernel.apply_(Weights(w, k, SEEDS), n, q, Hyper(), side)
     assert unharmed()
     return mine[0], theirs[0]
 
@@ -374,7 +375,7 @@ def test_rounding_bits_of_both_paths_agree(shape, side, exact, fuse):
     for largest in (256, 0):
         fuse(largest)
         mine, _, unharmed = twice(lists)
-        kernels.projected_adam_(*mine, SEEDS, HOST_LR, *ADAM.values(), side, "none")
+        step_projected(kernels, mine, side, seeds=SEEDS)
         assert unharmed()
         results.append(mine[0])
     for fused, two in zip(*results):
@@ -401,10 +402,10 @@ def test_parts_are_rounded_as_the_whole(side, part, path):
 @pytest.mark.parametrize("dtype", kernels.DOT, ids=str)
 @pytest.mark.parametrize("seed", [None, 2**40 + 1])
 def test_write(dtype, seed):
-    value, step = torch.randn(33, 17), torch.tensor(5.0)
+    value, seeds = torch.randn(33, 17), () if seed is None else (seed,)
     mine, theirs = (torch.full((33, 17), 3.0, dtype=dtype) for _ in range(2))
-    kernels.write_(mine, value, step, seed)
-    reference.write_(theirs, value.clone(), step, seed)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        kernel.write_(Weights([own], [torch.tensor(5.0)], seeds), [value.clone()])
     assert torch.equal(mine, theirs)
 
 
@@ -472,7 +473,7 @@ def test_strided_tensors_are_left_to_the_reference():
     mine, theirs, _ = twice(bucket((12, 9), 3, "right", torch.float32))
     mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
     for kernel, lists in ((kernels, mine), (reference, theirs)):
-        kernel.projected_adam_(*lists, (), HOST_LR, *ADAM.values(), "right", "none")
+        step_projected(kernel, lists, "right")
     assert error(mine[0], theirs[0]) < 1e-6
 
 
@@ -481,7 +482,7 @@ def test_a_stale_graph_is_refused():
     weight = lists[0][0].requires_grad_()
     loss = (weight * weight).sum()
     with torch.no_grad():
-        kernels.projected_adam_(*lists, (), HOST_LR, *ADAM.values(), "right", "none")
+        step_projected(kernels, lists, "right")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -546,6 +547,6 @@ def test_a_run_is_the_same_twice():
     for _ in range(2):
         torch.manual_seed(1)
         lists = bucket((33, 17), 5, "right", torch.bfloat16)
-        kernels.projected_adam_(*lists, SEEDS, HOST_LR, *ADAM.values(), "right", "none")
+        step_projected(kernels, lists, "right", seeds=SEEDS)
         ends.append({str(i): p for i, p in enumerate(lists[0])})
     assert_same(*ends)

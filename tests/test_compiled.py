@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from buckets import bucket, error, twice
+from buckets import bucket, error, step_projected, twice
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 
@@ -30,11 +30,8 @@ def kernels():
 def step_both(kernels, lists, side, transform="none", lr=0.01, beta1=0.8, seeds=SEEDS, finite=None):
     mine, theirs, unharmed = twice(lists)
     for kernel, columns in ((kernels, mine), (reference, theirs)):
-        rate = torch.tensor(lr, dtype=torch.float64)
-        kernel.projected_adam_(
-            *(*columns, seeds[: len(lists[0])], rate, beta1, 0.95, 1e-3, 0.1, 0.5, side, transform),
-            finite=finite,
-        )
+        numbers = {"lr": torch.tensor(lr, dtype=torch.float64), "betas": (beta1, 0.95)}
+        step_projected(kernel, columns, side, transform, seeds[: len(lists[0])], finite=finite, **numbers)
     assert unharmed()
     return mine, theirs
 
@@ -86,7 +83,7 @@ def test_what_torch_would_compile_again_is_the_references(kernels):
     strided = [[t.mT.contiguous().mT for t in lists[0]], *lists[1:]]
     ours, theirs = ([[t.clone() for t in column] for column in strided] for _ in range(2))
     for kernel, columns in ((kernels, ours), (reference, theirs)):
-        kernel.projected_adam_(*columns, SEEDS[:2], torch.tensor(0.01), 0.8, 0.95, 1e-3, 0.1, 0.5, None, "none")
+        step_projected(kernel, columns, None, seeds=SEEDS[:2])
     assert not ours[0][0].is_contiguous()
     assert_same(ours, theirs)
     assert counters["stats"]["unique_graphs"] == before

@@ -7,13 +7,16 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import emulated
 import pytest
 import torch
 from buckets import (
+    HYPER,
     PARTS,
+    RATE,
     assert_averages_alike,
     assert_coded_alike,
     assert_coded_rows_alike,
@@ -33,6 +36,7 @@ from buckets import (
     step_coded,
     step_lengths,
     step_momenta,
+    step_projected,
     twice,
     update_coded,
 )
@@ -41,12 +45,10 @@ from training import ALL_METHODS, build, net, set_gradients, train
 from subspace_optim import _ext, engine, philox, storage
 from subspace_optim.kernels import cuda as kernels
 from subspace_optim.kernels import native, reference, select
-from subspace_optim.types import TRANSFORMS, make_plan
+from subspace_optim.types import TRANSFORMS, Hyper, Moments, Weights, make_plan
 
 pytestmark = pytest.mark.skipif(emulated.MISSING is not None, reason=str(emulated.MISSING))
 
-ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1, "scale": 0.5}
-RATE = torch.tensor(0.7, dtype=torch.float64)
 SEEDS = (2**62 + 12345, 7)
 SIDES = ("right", "left", "both")
 # Less than a tile, tiles and their edges; more than one tile of lines, of columns, and (130) of float32's fused rank.
@@ -95,12 +97,11 @@ def columns(d, rank):
 def step_both(lists, side, transform="none", seeds=(), lr=RATE, pad=3):
     """After one step: of the kernels, and of the reference in float64 if the parameters are float32."""
     mine, theirs, unharmed = twice(lists, pad)
-    arguments = (seeds, lr, *ADAM.values(), side, transform)
-    kernels.projected_adam_(*mine, *arguments)
+    step_projected(kernels, mine, side, transform, seeds, lr=lr)
     assert unharmed()
     if lists[0][0].dtype == torch.float32:
         theirs = [[t.double() for t in column] for column in theirs]
-    reference.projected_adam_(*theirs, *arguments)
+    step_projected(reference, theirs, side, transform, seeds, lr=lr)
     return mine, theirs
 
 
@@ -148,9 +149,9 @@ def test_back_projections_are_exact_and_round_alike(side, dtype, order, library)
         rests = [(param * 2.0**-10).to(dtype) for param in params]
         for seeds in ((), SEEDS, rests)[: 2 if dtype == torch.float32 else 3]:
             mine, theirs, unharmed = twice((params, updates, bases, steps, rests), PADS[order % 2])
-            for kernel, (*lists, own) in ((kernels, mine), (reference, theirs)):
-                rounding = own if seeds is rests else seeds
-                kernel.apply_(*lists, rounding, torch.tensor(2.0**-9), 0.0, 1.0, side, dtype == torch.float16)
+            for kernel, (w, n, q, k, own) in ((kernels, mine), (reference, theirs)):
+                weights = Weights(w, k, own if seeds is rests else seeds)
+                kernel.apply_(weights, n, q, Hyper(torch.tensor(2.0**-9)), side, dtype == torch.float16)
             assert all(map(torch.equal, mine[0] + mine[4], theirs[0] + theirs[4]))
             assert unharmed()
 
@@ -195,7 +196,7 @@ def test_one_pass_and_two_halves_give_the_same_bits(side, transform, dtype, requ
         for own in lists:
             for rests in ([], [(w * 2.0**-10).to(dtype) for w in own[0]])[: 1 if dtype == torch.float32 else 2]:
                 (*mine, rests), _, unharmed = twice((*own, rests), 16)
-                kernels.projected_adam_(*mine, rests or SEEDS, RATE, *ADAM.values(), side, transform)
+                step_projected(kernels, mine, side, transform, rests or SEEDS)
                 assert unharmed()
                 yield [*mine, rests]
 
@@ -227,7 +228,7 @@ def test_dense(shape, dtype, transform):
         assert_close(mine, theirs, 1e-6 if dtype == torch.float32 else 4e-3, 1e-6, 1e-6)
         if _ext.load() is None:
             _, own, _ = twice(lists)
-            native.projected_adam_(*own, seeds, RATE, *ADAM.values(), None, transform)
+            step_projected(native, own, None, transform, seeds)
             assert all(torch.equal(a, b) for pair in zip(mine, own) for a, b in zip(*pair))
 
 
@@ -239,8 +240,8 @@ def test_rates_and_signs(side, on_device, lr, monkeypatch):
     params, _, updates, _, bases, steps = bucket((33, 17), 3, side, torch.float32)
     for sign in (False, True):
         mine, theirs, unharmed = twice((params, updates, bases, steps))
-        for kernel, lists in ((kernels, mine), (reference, theirs)):
-            kernel.apply_(*lists, (), lr, 0.1, 0.5, side, sign)
+        for kernel, (w, n, q, k) in ((kernels, mine), (reference, theirs)):
+            kernel.apply_(Weights(w, k), n, q, replace(HYPER, lr=lr), side, sign)
         assert error(mine[0], theirs[0]) < 1e-6
         assert unharmed()
 
@@ -252,8 +253,8 @@ def test_adam_update(dtype, transform, eps_inside):
     _, lows, means, squares, _, steps = bucket((33, 17), None, None, dtype)
     mine, theirs, unharmed = twice((lows, means, squares, steps))
     out, expected = (
-        kernel.adam_update_(*lists, 0.8, 0.95, 1e-3, transform, eps_inside)
-        for kernel, lists in ((kernels, mine), (reference, theirs))
+        kernel.adam_update_(r, Moments(m, v), k, replace(HYPER, transform=transform), eps_inside)
+        for kernel, (r, m, v, k) in ((kernels, mine), (reference, theirs))
     )
     assert error(out, expected) < 1e-6
     for a, b in zip(mine[1:3], theirs[1:3]):
@@ -276,10 +277,9 @@ def test_first_steps_and_zero_gradients():
     grads[1].zero_()
     zeros = [[torch.zeros_like(p) for p in params] for _ in range(2)]
     mine, theirs, _ = twice((params, grads, *zeros, [], [torch.zeros(()) for _ in params]))
-    arguments = ((), RATE, 0.9, 0.999, 1e-8, 0.0, 1.0, None, "none")
     for _ in range(3):
-        kernels.projected_adam_(*mine, *arguments)
-        reference.projected_adam_(*theirs, *arguments)
+        for kernel, own in ((kernels, mine), (reference, theirs)):
+            step_projected(kernel, own, None, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=1.0)
     assert error(mine[0], theirs[0]) < 1e-6
     assert torch.equal(mine[0][1], params[1])
 
@@ -293,7 +293,7 @@ def test_gradients_of_another_type(dtype, grad_dtype, side):
     lists[1] = [grad.to(grad_dtype) for grad in lists[1]]
     mine, theirs, unharmed = twice(lists)
     for kernel, own in ((kernels, mine), (reference, theirs)):
-        kernel.projected_adam_(*own, (), RATE, *ADAM.values(), side, "none")
+        step_projected(kernel, own, side)
     assert_close(mine, theirs, 1e-2, 5e-3, 5e-3)
     assert unharmed()
 
@@ -336,11 +336,11 @@ def test_what_is_not_finite_is_left_alone(side, transform, path, request):
     for own, numbers, finite in ((mine, seeds, flags), (alone := members(before, flags)[0], own_seeds, None)):
         if path == "pieces":
             lows = kernels.project(own[1], own[4], side, torch.float32)
-            moments = (*own[2:4], own[5], 0.8, 0.95, 1e-3, transform, False)
-            updates = kernels.adam_update_(lows, *moments, finite=finite)
-            kernels.apply_(own[0], updates, own[4], own[5], numbers, RATE, 0.1, 0.5, side, finite=finite)
+            hyper = replace(HYPER, transform=transform)
+            updates = kernels.adam_update_(lows, Moments(*own[2:4]), own[5], hyper, finite=finite)
+            kernels.apply_(Weights(own[0], own[5], numbers, finite=finite), updates, own[4], hyper, side)
         else:
-            kernels.projected_adam_(*own, numbers, RATE, *ADAM.values(), side, transform, finite=finite)
+            step_projected(kernels, own, side, transform, numbers, finite=finite)
     stepped, left = members(mine, flags)
     for own, expected in ((stepped, alone), (left, members(lists, flags)[1])):
         torch.testing.assert_close(own, expected, rtol=0, atol=0, equal_nan=True)
@@ -364,7 +364,7 @@ def test_gradients_of_extreme_size(scale, eps):
         (grads, scale), (means, scale), (squares, scale**2))]), bases, steps]  # fmt: skip
     mine, theirs, _ = twice(lists)
     for kernel, own in ((kernels, mine), (reference, theirs)):
-        kernel.projected_adam_(*own, (), RATE, 0.9, 0.99, eps, 0.1, 0.5, None, "none")
+        step_projected(kernel, own, None, betas=(0.9, 0.99), eps=eps)
     assert all(p.isfinite().all() for p in mine[0])
     assert error(mine[0], theirs[0]) < 1e-6
 
@@ -372,10 +372,10 @@ def test_gradients_of_extreme_size(scale, eps):
 def test_stochastic_rounding_has_the_bits_of_philox():
     for shape in ((1,), (7,), (8,), (33, 17), (3000,)):
         value = torch.randn(shape)
-        for seed, step in ((0, 0), (2**63 - 1, 1), (12345678901234567, 2**24)):
-            (got,), (want,) = ([torch.zeros(shape, dtype=torch.bfloat16)] for _ in range(2))
-            kernels.write_(got, value, torch.tensor(float(step)), seed)
-            philox.stochastic_round_(want, value.clone(), seed, step)
+        for seed, count in ((0, 0), (2**63 - 1, 1), (12345678901234567, 2**24)):
+            got, want = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
+            kernels.write_(Weights([got], [torch.tensor(float(count))], [seed]), [value])
+            philox.stochastic_round_(want, value.clone(), seed, count)
             assert torch.equal(got, want)
 
 
@@ -402,9 +402,8 @@ def test_what_rounding_takes_is_given_back(dtype):
 
 @pytest.mark.parametrize("dtype", kernels.TYPES, ids=str)
 def test_write_to_nearest(dtype):
-    value, step = torch.randn(33, 17), torch.tensor(5.0)
-    mine = torch.full((33, 17), 3.0, dtype=dtype)
-    kernels.write_(mine, value, step, None)
+    value, mine = torch.randn(33, 17), torch.full((33, 17), 3.0, dtype=dtype)
+    kernels.write_(Weights([mine], [torch.tensor(5.0)]), [value])
     assert torch.equal(mine, value.to(dtype))
 
 
@@ -590,7 +589,7 @@ def test_left_to_the_reference(which):
     if which == "strided":
         mine[0] = [torch.empty(9, 12).T.copy_(p) for p in mine[0]]
     for kernel, own in ((kernels, mine), (reference, theirs)):
-        kernel.projected_adam_(*own, (), RATE, *ADAM.values(), "right", "none")
+        step_projected(kernel, own, "right")
     assert_close(mine, theirs, 1e-6, 1e-6, 1e-6)
 
 
@@ -599,7 +598,7 @@ def test_a_stale_graph_is_refused():
     weight = lists[0][0].requires_grad_()
     loss = (weight * weight).sum()
     with torch.no_grad():
-        kernels.projected_adam_(*lists, (), RATE, *ADAM.values(), "right", "none")
+        step_projected(kernels, lists, "right")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -21,7 +21,9 @@ from training import FIVE
 
 import subspace_optim as so
 from subspace_optim import distributed
-from subspace_optim.distributed import Layout, Sharded
+from subspace_optim.distributed import Layout
+from subspace_optim.kernels.sharded import Sharded
+from subspace_optim.types import Hyper, Moments, Weights
 
 pytestmark = pytest.mark.distributed
 
@@ -231,11 +233,12 @@ def test_shards_are_stepped_by_the_fused_kernel(one_of_four, dim, side):
     param = distribute_tensor(zeros, one_of_four, cuts, src_data_rank=None)
     sharding = Layout.of(param).sharding((32, 64), 0)
     calls, own = Mock(), param.to_local()
-    lists = [[torch.zeros(())] for _ in range(5)]
-    Sharded(calls, sharding).projected_adam_([own], *lists, [7], torch.tensor(0.1), 0.9, 0.99, 1e-8, 0, 1, side, "none")
-    ((name, given, _),) = calls.method_calls
-    assert name == "projected_adam_" and given[0][0] is own and given[6] == [7]
-    assert given[-1] == sharding.window(tuple(own.shape)) and given[-1].origin % 8 == 0
+    grads, means, squares, bases, steps = ([torch.zeros(())] for _ in range(5))
+    weights, moments = Weights([own], steps, [7]), Moments(means, squares)
+    Sharded(calls, sharding).projected_adam_(weights, grads, moments, bases, Hyper(), side)
+    ((name, (given, *_), _),) = calls.method_calls
+    assert name == "projected_adam_" and given.params[0] is own and given.seeds == [7]
+    assert given.window == sharding.window(tuple(own.shape)) and given.window.origin % 8 == 0
 
 
 def assert_close_in_float32(ends, wanted):

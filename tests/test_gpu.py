@@ -1,6 +1,7 @@
 """The same numbers on a GPU as on the CPU, and state that lives where the parameter does."""
 
 import math
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -20,6 +21,7 @@ from buckets import (
     step_coded,
     step_lengths,
     step_momenta,
+    step_projected,
     twice,
     update_coded,
 )
@@ -28,6 +30,7 @@ from training import ALL_METHODS, build, net, set_gradients
 import subspace_optim as so
 from subspace_optim import philox, storage
 from subspace_optim.kernels import reference, select
+from subspace_optim.types import Hyper, Weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -144,7 +147,7 @@ def test_optimizers_agree_with_the_reference(method, kernels):
 def step_both(kernels, lists, lr, side, transform="none", seeds=()):
     mine, theirs, unharmed = twice(lists, pad=16)
     for kernel, columns in ((kernels, mine), (reference, theirs)):
-        kernel.projected_adam_(*columns, seeds, lr, 0.8, 0.95, 1e-3, 0.1, 0.5, side, transform)
+        step_projected(kernel, columns, side, transform, seeds, lr=lr)
     assert unharmed()
     return mine, theirs
 
@@ -193,8 +196,8 @@ def test_rounds_with_the_same_bits(shape, kernels):
     torch.manual_seed(0)
     value, step = torch.randn(shape, device=GPU), torch.tensor(70000.0, device=GPU)
     mine, theirs = (torch.zeros(shape, dtype=torch.bfloat16, device=GPU) for _ in range(2))
-    kernels.write_(mine, value, step, 2**62 + 12345)
-    reference.write_(theirs, value.clone(), step, 2**62 + 12345)
+    for kernel, own in ((kernels, mine), (reference, theirs)):
+        kernel.write_(Weights([own], [step], [2**62 + 12345]), [value.clone()])
     assert torch.equal(mine, theirs)
 
 
@@ -294,10 +297,10 @@ def test_rounds_tiles_with_the_same_bits(shape, side, kernels, monkeypatch):
     low = (m, 8) if side == "right" else (8, n)
     updates = [torch.randn(low, device=GPU).bfloat16().float() for _ in range(2)]  # one term of any product holds each
     bases = [torch.eye(n if side == "right" else m, device=GPU)[:, :8].contiguous() for _ in range(2)]
-    steps, lr = [torch.tensor(float(i), device=GPU) for i in range(2)], torch.tensor(1.0)
+    steps = [torch.tensor(float(i), device=GPU) for i in range(2)]
     mine, theirs = ([p.clone() for p in params] for _ in range(2))
     for kernel, own in ((kernels, mine), (reference, theirs)):
-        kernel.apply_(own, updates, bases, steps, (2**62 + 1, 7), lr, 0.0, 1.0, side)
+        kernel.apply_(Weights(own, steps, (2**62 + 1, 7)), updates, bases, Hyper(), side)
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
 
@@ -320,19 +323,19 @@ def test_step_is_captured_and_waits_for_nothing(rank, kernels):
     """Replays of a CUDA graph take the steps that calls would, the step counts and a changed rate included."""
     lr = torch.tensor(0.7, device=GPU)
     mine, theirs = (bucket((512, 400), rank, "right", torch.bfloat16, 3, GPU) for _ in range(2))
-    arguments = ((5, 6, 7), lr, 0.8, 0.95, 1e-3, 0.1, 0.5, "right", "none")
+    step = partial(step_projected, kernels, side="right", seeds=(5, 6, 7), lr=lr)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for lists in (mine, theirs):  # compiles
-            kernels.projected_adam_(*lists, *arguments)
+            step(lists)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernels.projected_adam_(*mine, *arguments)
+        step(mine)
     for _ in range(3):
         graph.replay()
-        kernels.projected_adam_(*theirs, *arguments)
+        step(theirs)
         lr.mul_(0.5)
     for a, b in zip(mine, theirs, strict=True):
         for x, y in zip(a, b, strict=True):
@@ -424,8 +427,7 @@ def test_launches_do_not_grow_with_the_bucket(rank, most, kernels):
     """Bases to 16 bits, step counts, one fused kernel or two."""
     for count in (2, 24):
         lists = bucket((512, 400), rank, "right", torch.bfloat16, count, GPU)
-        arguments = (range(count), torch.tensor(0.1), 0.8, 0.95, 1e-3, 0.1, 0.5, "right", "none")
-        names = launched(lambda lists=lists, rest=arguments: kernels.projected_adam_(*lists, *rest))
+        names = launched(partial(step_projected, kernels, lists, "right", seeds=range(count)))
         assert len(names) <= most, names
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from subspace_optim.kernels import native, reference
 from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.projectors import exact_products
 from subspace_optim.rules import CompressedAdafactor, WeightNormAdam
-from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Plan
+from subspace_optim.types import TRANSFORMS, Bucket, Hyper, Moments, Plan, Weights
 
 pytestmark = pytest.mark.skipif(_ext.load() is not None, reason=f"native kernels: {_ext.load()}")
 
@@ -53,6 +53,7 @@ class Lists:
     seeds: list = field(default_factory=lambda: [2**62 + 1, 7])
     lr: torch.Tensor = field(default_factory=lambda: torch.tensor(1e-2, dtype=torch.float64))
     side: str | None = None
+    transform: str = "none"
 
     SLOTS = ("params", "exp_avgs", "exp_avg_sqs", "steps")
 
@@ -87,15 +88,36 @@ class Lists:
     def stepped(self, kernel, transform="none", eps=1e-8):
         """The lists after one step; this one stays as it is."""
         own = {name: [t.clone(memory_format=torch.preserve_format) for t in getattr(self, name)] for name in self.SLOTS}
-        kernel.projected_adam_(
-            *(own["params"], self.grads, own["exp_avgs"], own["exp_avg_sqs"], self.bases, own["steps"], self.seeds),
-            *(self.lr, 0.9, 0.99, eps, 0.1, 0.5, self.side, transform),
-        )
+        hyper = replace(self.hyper, eps=eps, transform=transform)
+        moments = Moments(own["exp_avgs"], own["exp_avg_sqs"])
+        kernel.projected_adam_(self.weights(**own), self.grads, moments, self.bases, hyper, self.side)
         return own
+
+    def weights(self, params=None, steps=None, **_):
+        """As kernels take them: these in the place of the lists'."""
+        return Weights(params or self.params, steps or self.steps, self.seeds)
+
+    @property
+    def moments(self):
+        return Moments(self.exp_avgs, self.exp_avg_sqs)
+
+    @property
+    def hyper(self):
+        return Hyper(self.lr, (0.9, 0.99), 1e-8, 0.1, 0.5, self.transform)
 
     def averages(self, *dims):
         """A vector along each of these dimensions of every parameter."""
         return [[torch.ones(p.shape[dim], dtype=self.exp_avgs[0].dtype) for p in self.params] for dim in dims]
+
+    def step_lengths(self):
+        lengths = Moments(*self.averages(0, 0))
+        native.weight_norm_adam_(self.weights(), self.grads, self.moments, lengths, self.bases, self.hyper, self.side)
+
+    def step_momenta(self, bases, carried):
+        averages = (self.exp_avgs, *self.averages(0, 1))
+        native.compressed_adafactor_(
+            *(self.weights(), self.grads, *averages, self.bases, bases, carried, self.hyper, 0.8, 1.0, self.side)
+        )
 
     def in_float64(self):
         def wide(tensors):
@@ -171,7 +193,8 @@ def test_rates_of_each_tensor():
     got, want = ([p.clone() for p in lists.params] for _ in range(2))
     rates = torch.tensor([1e-2, 3e-1])
     for kernel, params in ((native, got), (reference, want)):
-        kernel.apply_(params, lists.exp_avgs, lists.bases, lists.steps, [], rates, 0.1, 0.5, "left")
+        weights = Weights(params, lists.steps)
+        kernel.apply_(weights, lists.exp_avgs, lists.bases, replace(lists.hyper, lr=rates), "left")
     assert distance(got, want) < 1e-6
 
 
@@ -181,7 +204,7 @@ def test_signs(side, dtype):
     lists = Lists.random((37, 53), 3, side, dtype)
     got, want = ([p.clone() for p in lists.params] for _ in range(2))
     for kernel, params in ((native, got), (reference, want)):
-        kernel.apply_(params, lists.exp_avgs, lists.bases, lists.steps, lists.seeds, lists.lr, 0.1, 0.5, side, True)
+        kernel.apply_(lists.weights(params), lists.exp_avgs, lists.bases, lists.hyper, side, True)
     assert sum(int((a != b).sum()) for a, b in zip(got, want)) <= (2 if dtype == torch.bfloat16 else 10**9)
     torch.testing.assert_close(got, want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
@@ -192,9 +215,10 @@ def test_update(transform, eps_inside):
     lists = Lists.random((129, 257), 0, None, torch.float32)
     results = []
     for kernel in (native, reference):
-        state = [[t.clone() for t in getattr(lists, name)] for name in ("exp_avgs", "exp_avg_sqs", "steps")]
-        updates = kernel.adam_update_(lists.grads, *state, 0.9, 0.99, 1e-2, transform, eps_inside)
-        results.append([*updates, *state[0], *state[1]])
+        *pair, steps = ([t.clone() for t in getattr(lists, name)] for name in ("exp_avgs", "exp_avg_sqs", "steps"))
+        hyper = replace(lists.hyper, eps=1e-2, transform=transform)
+        updates = kernel.adam_update_(lists.grads, Moments(*pair), steps, hyper, eps_inside)
+        results.append([*updates, *pair[0], *pair[1]])
     assert distance(*results) < 1e-6
 
 
@@ -306,13 +330,10 @@ def test_a_norm_is_known_before_what_it_is_of(clip, side):
 def test_whole_steps_make_no_copy_of_a_matrix(side, dtype, transform):
     """Of 8 MiB in float32: two blocks of at most 512 KiB, and tensors of the size of R and the bases, at rank 4."""
     lists = Lists.random((4096, 512), 4, side, dtype, count=1)
-    lengths, others = lists.averages(0, 0), lists.averages(0, 1)
-    given, tail = (lists.params, lists.grads, lists.exp_avgs), (lists.steps, lists.seeds, lists.lr)
-    adam = (lists.exp_avg_sqs, *lengths, lists.bases, *tail, 0.9, 0.99, 1e-8, 0.1, 0.5, side, transform)
-    assert peak_bytes(lambda: native.weight_norm_adam_(*given, *adam)) < 2**20 + 2**19
-    for bases in (lists.bases, [q.clone() for q in lists.bases]):
-        flora = (*others, lists.bases, bases, [bases is not lists.bases], *tail, 0.9, 0.8, 1.0, 0.1, 0.5)
-        assert peak_bytes(lambda own=flora: native.compressed_adafactor_(*given, *own, side, transform)) < 2**20 + 2**19
+    lists.transform, most = transform, 2**20 + 2**19
+    assert peak_bytes(lists.step_lengths) < most
+    assert peak_bytes(lambda: lists.step_momenta(lists.bases, [False])) < most
+    assert peak_bytes(lambda: lists.step_momenta([q.clone() for q in lists.bases], [True])) < most
 
 
 # ---- what is not a number, or hardly one ----------------------------------------------------------------------------
@@ -331,7 +352,7 @@ def test_lines_are_measured_and_scaled(dtype):
             assert distance(factors, reference.line_norms(lists.grads, dim, wide)) < 1e-6
             params = [[p.mT.clone().mT for p in lists.params], [p.clone() for p in lists.params]]
             for kernel, own, g in ((native, params[0], grads), (reference, params[1], lists.grads)):
-                kernel.apply_(own, g, [], lists.steps, lists.seeds, lists.lr, 0.1, 0.5, None, factors=factors)
+                kernel.apply_(lists.weights(own), g, [], lists.hyper, None, factors=factors)
             assert distance(*params) < (2e-4 if dtype.itemsize == 2 else 1e-6)
             assert distance(params[0], lists.params) > 1e-2
 
@@ -380,7 +401,7 @@ def test_every_half_is_read_and_rounded_as_torch_does(dtype):
     between = torch.cat([wide, *near])
     between = torch.cat([between, torch.tensor([math.inf, -math.inf, 65519.99, 65520.0, 1e-8, 3e38, math.nan])])
     param = torch.full_like(between, -0.0, dtype=dtype)  # the one that adds nothing to zeros of either sign
-    native.apply_([param], [between], [], [torch.tensor(1.0)], [], torch.tensor(-1.0), 0.0, 1.0, None)
+    native.apply_(Weights([param], [torch.tensor(1.0)]), [between], [], Hyper(torch.tensor(-1.0)), None)
     assert torch.equal(param[:-1].view(torch.int16), between[:-1].to(dtype).view(torch.int16))
     assert param[-1].isnan()
 
@@ -391,7 +412,8 @@ def test_stochastic_rounding_has_the_bits_of_philox():
         got, want = torch.zeros(count, dtype=torch.bfloat16), torch.zeros(count, dtype=torch.bfloat16)
         for seed, step in ((0, 0), (2**63 - 1, 1), (12345678901234567, 2**24)):
             got.zero_()
-            native.apply_([got], [value], [], [torch.tensor(float(step))], [seed], torch.tensor(-1.0), 0.0, 1.0, None)
+            weights = Weights([got], [torch.tensor(float(step))], [seed])
+            native.apply_(weights, [value], [], Hyper(torch.tensor(-1.0)), None)
             philox.stochastic_round_(want, value.clone(), seed, step)
             assert torch.equal(got, want)
 
@@ -424,22 +446,8 @@ def digest():
                 for name in ("params", "exp_avgs", "exp_avg_sqs"):
                     found.update(stepped[name][0].view(torch.uint8).numpy().tobytes())
         lists = Lists.random((40, 1030), 2, "right", dtype, count=1)
-        native.weight_norm_adam_(
-            *(
-                lists.params,
-                lists.grads,
-                lists.exp_avgs,
-                lists.exp_avg_sqs,
-                *lists.averages(0, 0),
-                lists.bases,
-                lists.steps,
-            ),
-            *(lists.seeds, lists.lr, 0.9, 0.99, 1e-8, 0.1, 0.5, "right", "none"),
-        )
-        native.compressed_adafactor_(
-            *(lists.params, lists.grads, lists.exp_avgs, *lists.averages(0, 1), lists.bases, lists.bases, [False]),
-            *(lists.steps, lists.seeds, lists.lr, 0.9, 0.8, 1.0, 0.1, 0.5, "right", "none"),
-        )
+        lists.step_lengths()
+        lists.step_momenta(lists.bases, [False])
         found.update(lists.params[0].view(torch.uint8).numpy().tobytes())
         for bits in (8, 4):
             param = torch.nn.Parameter(Lists.random((129, 257), 0, None, dtype).params[0])

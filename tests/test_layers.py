@@ -20,7 +20,7 @@ LAYERS = (
     ("storage",),
     ("ops",),
     ("kernels.triton_device",),
-    ("kernels.native", "kernels.triton", "kernels.cuda", "kernels.compiled"),
+    ("kernels.native", "kernels.triton", "kernels.cuda", "kernels.compiled", "kernels.sharded"),
     ("kernels.select",),
     ("projectors", "rules", "groups"),
     ("monitor", "state"),

@@ -15,6 +15,7 @@ from test_kernels import Lists, distance
 from subspace_optim import _ext
 from subspace_optim.kernels import native, reference
 from subspace_optim.projectors import OnlinePCA
+from subspace_optim.types import Hyper, Weights
 
 SIDES = ("left", "right", "both")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,7 +40,7 @@ def errors(side, dtype):
         written = []
         for kernel in (native, reference):
             params = [p.clone() for p in lists.params]
-            kernel.apply_(params, lists.exp_avgs, lists.bases, lists.steps, [], lists.lr, 0.0, 1.0, side)
+            kernel.apply_(Weights(params, lists.steps), lists.exp_avgs, lists.bases, Hyper(lists.lr), side)
             written.append(params)
         found["apply"] = distance(*written)
     return found
@@ -48,23 +49,17 @@ def errors(side, dtype):
 def whole_steps(side, dtype):
     """Of the first moments after GradNormLoRP's and Flora's steps, with rounded products and without."""
     found = {}
-    for name, extra in (("weight_norm_adam_", (0, 0)), ("compressed_adafactor_", (0, 1))):
+    steps = {
+        "weight_norm_adam_": Lists.step_lengths,
+        "compressed_adafactor_": lambda lists: lists.step_momenta(lists.bases, [True, False]),
+    }
+    for name, step in steps.items():
         moments = []
         for precision in ("bf16", "ieee"):
             torch.backends.mkldnn.matmul.fp32_precision = precision
             lists = Lists.random(SHAPE, RANK, side, dtype)
-            averages = lists.averages(*extra)
-            tail = (lists.steps, [], lists.lr)
-            if name == "weight_norm_adam_":
-                native.weight_norm_adam_(
-                    *(lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, *averages, lists.bases, *tail),
-                    *(0.9, 0.99, 1e-8, 0.1, 0.5, side, "none"),
-                )
-            else:
-                native.compressed_adafactor_(
-                    *(lists.params, lists.grads, lists.exp_avgs, *averages, lists.bases, lists.bases, [True, False]),
-                    *(*tail, 0.9, 0.8, 1.0, 0.1, 0.5, side, "none"),
-                )
+            lists.seeds = []
+            step(lists)
             moments.append(lists.exp_avgs)
         found[name] = distance(*moments)
     return found

@@ -18,7 +18,7 @@ from subspace_optim.kernels import native, reference
 from subspace_optim.philox import Window, uniform
 from subspace_optim.pretrain.machine import peak_bytes
 from subspace_optim.storage import Codec, codecs, nbytes, values
-from subspace_optim.types import BLOCK, TRANSFORMS, Bucket, make_plan
+from subspace_optim.types import BLOCK, TRANSFORMS, Bucket, Hyper, Moments, Weights, make_plan
 
 CPU = torch.device("cpu")
 KINDS, BITS = ("signed", "unsigned", "linear"), (8, 4)
@@ -259,19 +259,15 @@ def adam_on_codes(
     codes, scales = (list(column) for column in zip(*kept))
     steps = [torch.tensor(4.0 + i, dtype=wide) for i in range(count)]
     seeds, streams, begin = [5, 6][:count], [2**40 + i for i in range(2 * count)], 24
-    rest = (torch.tensor(0.1, dtype=torch.float64), 0.9, 0.99, 1e-8, 0.1, 0.5)
+    hyper = Hyper(torch.tensor(0.1, dtype=torch.float64), (0.9, 0.99), 1e-8, 0.1, 0.5, transform)
+    weights = Weights(params, steps, seeds)
     if fused:
         tables = [torch.tensor(values(kind, bits)) for kind in ("signed", "unsigned")]
-        kernel.coded_adam_(
-            *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, *rest, transform)
-        )
+        kernel.coded_adam_(weights, grads, reference.Codes(codes, scales, tables, streams, axis, begin), hyper)
     else:
         columns = [(own, slice(i * count, (i + 1) * count)) for i, own in enumerate(codec)]
         moments = [own.decode(codes[at], scales[at], wide, kernel) for own, at in columns]
-        kernel.projected_adam_(
-            *(params, grads, *moments, [], steps, seeds, *rest, None, transform),
-            window=Window(begin),
-        )
+        kernel.projected_adam_(weights._replace(window=Window(begin)), grads, Moments(*moments), [], hyper, None)
         for xs, (own, at) in zip(moments, columns):
             own.encode_(xs, codes[at], scales[at], streams[at], steps, kernel, begin)
     return dict(zip(SLOTS, (params, codes, scales, steps)))
@@ -316,11 +312,10 @@ def test_what_is_stepped_on_codes_may_lie_in_any_order_and_differ_in_type(kernel
         params = [order(noise(0, (19, 300)).bfloat16())]
         grads, x = [order(noise(1, (19, 300)).float())], noise(2, (19, 300)).float()
         kept = [coded(Codec(kind, 8, -1, 300), x.square()) for kind in ("signed", "unsigned")]
-        kernel.coded_adam_(
-            *(params, grads, [kept[0][0], kept[1][0]], [kept[0][1], kept[1][1]]),
-            *([torch.tensor(values(kind, 8)) for kind in ("signed", "unsigned")], [1, 2], -1, 0, [torch.tensor(1.0)]),
-            *([3], torch.tensor(0.1), 0.9, 0.99, 1e-8, 0.1, 0.5, "cautious"),
-        )
+        tables = [torch.tensor(values(kind, 8)) for kind in ("signed", "unsigned")]
+        codes = reference.Codes(*map(list, zip(*kept)), tables, [1, 2], -1, 0)
+        hyper = Hyper(torch.tensor(0.1), (0.9, 0.99), 1e-8, 0.1, 0.5, "cautious")
+        kernel.coded_adam_(Weights(params, [torch.tensor(1.0)], [3]), grads, codes, hyper)
         return params[0], *kept[0], *kept[1]
 
     turned = step(lambda t: t.mT.contiguous().mT)

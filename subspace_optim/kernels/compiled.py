@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.dlpack import from_dlpack
 
-from ..philox import ALL, Window, stochastic_round_, words
-from ..types import Plan, Side
+from ..philox import ALL, stochastic_round_, words
+from ..types import Hyper, Moments, Plan, Seeds, Side, Weights
 from . import reference
 from .reference import (
     back,
@@ -59,6 +59,7 @@ __all__ = [
     "words",
     "write_",
 ]
+
 
 _GRAPHS = 64  # of one function; torch gives up after 8
 
@@ -161,103 +162,83 @@ def _rows(count: int, *columns: Tensor | float) -> Sequence[Tensor]:
     return torch.stack(wide, dim=1).unbind()
 
 
-def _adam(steps: list[Tensor], beta1: float, beta2: float, eps: float) -> Sequence[Tensor]:
+def _adam(steps: list[Tensor], hyper: Hyper) -> Sequence[Tensor]:
     """The vectors of `_updated`; the steps advance."""
     torch._foreach_add_(steps, 1)
-    counts = torch.stack(steps).double()
-    eps = max(eps, reference._EPS_FLOOR)
+    (beta1, beta2), counts = hyper.betas, torch.stack(steps).double()
+    eps = max(hyper.eps, reference._EPS_FLOOR)
     return _rows(len(steps), beta1, beta2, eps, 1 - beta1**counts, (1 - beta2**counts).sqrt())
 
 
-def _rates(count: int, lr: Tensor, weight_decay: float, scale: float) -> Sequence[Tensor]:
+def _rates(count: int, hyper: Hyper) -> Sequence[Tensor]:
     """The vectors of `_move_`."""
-    return _rows(count, 1 - lr.double() * weight_decay, -lr.double() * scale)
+    lr = hyper.lr.double()
+    return _rows(count, 1 - lr * hyper.weight_decay, -lr * hyper.scale)
 
 
-def _seeds(count: int, seeds: Sequence[int]) -> Sequence[Tensor | None]:
+def _seeds(count: int, seeds: Seeds) -> Sequence[Tensor | None]:
     return torch.tensor(seeds, device="cpu").unbind() if seeds else [None] * count
 
 
 def adam_update_(
     lows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: Moments,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
-    if finite is not None or not _fits(lows, exp_avgs, exp_avg_sqs):
-        return reference.adam_update_(
-            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
-        )
-    updates = [torch.empty_like(m) for m in exp_avgs]
-    adam = _adam(steps, beta1, beta2, eps)
-    _run(_update_, updates, lows, exp_avgs, exp_avg_sqs, adam, transform=transform, eps_inside=eps_inside)
+    if finite is not None or not _fits(lows, *moments):
+        return reference.adam_update_(lows, moments, steps, hyper, eps_inside, finite)
+    updates = [torch.empty_like(m) for m in moments.exp_avgs]
+    adam = _adam(steps, hyper)
+    _run(_update_, updates, lows, *moments, adam, transform=hyper.transform, eps_inside=eps_inside)
     return updates
 
 
 def apply_(
-    params: list[Tensor],
+    weights: Weights,
     updates: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
     sign: bool = False,
-    window: Window = ALL,
-    finite: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
+    params, count = weights.params, len(weights.params)
     is_product = side is not None and params[0].dtype == updates[0].dtype and not sign
-    if finite is not None or is_product or window != ALL or not _fits(params, updates):
-        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
-        reference.apply_(params, updates, bases, steps, *how)
+    if is_product or not _is_all(weights) or not _fits(params, updates):
+        reference.apply_(weights, updates, bases, hyper, side, sign, factors)
         return
-    count = len(params)
     moved = (
         update * factors[i] if factors else back(update, bases[i::count], side) for i, update in enumerate(updates)
     )
-    rates = _rates(count, lr, weight_decay, scale)
-    _run(_move_, params, moved, rates, steps, _seeds(count, seeds), sign=sign)
+    _run(_move_, params, moved, _rates(count, hyper), weights.steps, _seeds(count, weights.seeds), sign=sign)
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
 
 
 def projected_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    window: Window = ALL,
-    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if side is not None or finite is not None or window != ALL or not _fits(params, grads, exp_avgs, exp_avg_sqs):
-        lows = project(grads, bases, side, exp_avgs[0].dtype)
-        updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, window=window, finite=finite)
+    params, steps, count = weights.params, weights.steps, len(weights.params)
+    if side is not None or not _is_all(weights) or not _fits(params, grads, *moments):
+        lows = project(grads, bases, side, moments.exp_avgs[0].dtype)
+        updates = adam_update_(lows, moments, steps, hyper, finite=weights.finite)
+        apply_(weights, updates, bases, hyper, side)
         return
-    count, adam = len(params), _adam(steps, beta1, beta2, eps)
-    rates = _rates(count, lr, weight_decay, scale)
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, adam, rates, steps, _seeds(count, seeds))
-    _run(_step_, *tensors, transform=transform)
+    numbers = (_adam(steps, hyper), _rates(count, hyper), steps, _seeds(count, weights.seeds))
+    _run(_step_, params, grads, *moments, *numbers, transform=hyper.transform)
     torch.autograd.graph.increment_version(params)
+
+
+def _is_all(weights: Weights) -> bool:
+    """Whether whole tensors step, all of them."""
+    return weights.finite is None and weights.window == ALL

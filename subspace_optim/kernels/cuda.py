@@ -25,16 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import CDLL, Array, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..philox import ALL, Window
-from ..types import TRANSFORMS, Plan, Seeds, Side
+from ..types import TRANSFORMS, Hyper, Moments, Plan, Seeds, Side, Weights, scalar
 from . import reference
 from .reference import Codes, back, lines_of, part_of, transform_
 
@@ -57,6 +58,7 @@ __all__ = [
     "words",
     "write_",
 ]
+
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)  # the order of Type in csrc/cuda/elements.cuh
 FUSED_RANK = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # N fits beside the operands in 99 KiB
@@ -159,32 +161,20 @@ def _launch(name: str, device: torch.device, *arguments: Any) -> None:
 # ---- what the library is given --------------------------------------------------------------------------------------
 
 
-class _Adam(NamedTuple):
-    """Moments that advance, and how."""
-
-    exp_avgs: Sequence[Tensor]
-    exp_avg_sqs: Sequence[Tensor]
-    beta1: float
-    beta2: float
-    transform: str
-
-    @property
-    def numbers(self) -> tuple[float, float, int]:
-        return self.beta1, self.beta2, TRANSFORMS.index(self.transform)
-
-
-_NO_ADAM = _Adam((), (), 0.0, 0.0, "none")
-
-
 def _table(
     out: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    adam: _Adam = _NO_ADAM,
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
     bases: Sequence[Tensor] = (),
     seeds: Seeds = (),
 ) -> Array[c_uint64]:
-    columns = (out, inputs, adam.exp_avgs, adam.exp_avg_sqs, bases)
+    columns = (out, inputs, *moments, bases)
     return _numbers(*(_addresses(column) or [0] * len(out) for column in columns), _numbered(seeds, len(out)))
+
+
+def _how(hyper: Hyper) -> tuple[float, float, int]:
+    """β₁, β₂ and the transform."""
+    return *hyper.betas, TRANSFORMS.index(hyper.transform)
 
 
 def _numbers(*rows: Sequence[int]) -> Array[c_uint64]:
@@ -206,35 +196,31 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def _prepared(
-    steps: Sequence[Tensor],
-    lr: Tensor | None,
-    weight_decay: float = 0.0,
-    scale: float = 0.0,
-    betas: tuple[float, float] | None = None,
-    eps: float = 0.0,
-    eps_inside: bool = False,
-    finite: Tensor | None = None,
-) -> Tensor:
-    """Scalars (csrc/cuda/elements.cuh) of each tensor; with betas, the steps advance."""
-    count, device = len(steps), steps[0].device
+def _prepared(weights: Weights, hyper: Hyper, advance: bool = False, eps_inside: bool = False) -> Tensor:
+    """Scalars (csrc/cuda/elements.cuh) of each tensor; the steps may advance."""
+    steps, flags = weights.steps, None if weights.finite is None else weights.finite.contiguous()
+    count, device, lr = len(steps), steps[0].device, hyper.lr
     scalars = torch.empty(count * _library().sso_scalars_bytes(), dtype=torch.uint8, device=device)
     addresses = _numbers(_addresses(steps))
-    rate = lr if lr is None or lr.dtype in (torch.float32, torch.float64) else lr.double()
+    rate = lr if lr.dtype in (torch.float32, torch.float64) else lr.double()
     rates: Array[c_double] | None = None
     where: tuple[int | None, bool, int] = (None, False, 0)
-    if rate is not None and _on_device(rate):
+    if _on_device(rate):
         rate = rate.contiguous()
         where = (rate.data_ptr(), rate.dtype == torch.float64, rate.ndim)
     else:
-        rates = (c_double * count)(*([0.0] * count if rate is None else rate.double().expand(count).tolist()))
-    flags = None if finite is None else finite.contiguous()
-    beta1, beta2 = betas or (0.0, 0.0)
+        rates = (c_double * count)(*rate.double().expand(count).tolist())
     _launch(
         *("prepare", device, count, addresses, rates, *where, None if flags is None else flags.data_ptr()),
-        *(betas is not None, beta1, beta2, eps, eps_inside, weight_decay, scale, scalars.data_ptr()),
+        *(advance, *hyper.betas, hyper.eps, eps_inside, hyper.weight_decay, hyper.scale, scalars.data_ptr()),
     )
     return scalars
+
+
+def _some(scalars: Tensor, count: int, at: slice) -> Tensor:
+    """Those of some of `count` tensors."""
+    each = len(scalars) // count
+    return scalars[at.start * each : at.stop * each]
 
 
 def _on_device(tensor: Tensor) -> bool:
@@ -287,35 +273,35 @@ def _low(
     bases: Sequence[Tensor],
     side: Side,
     dtype: torch.dtype,
-    adam: _Adam = _NO_ADAM,
+    moments: Moments | None = None,
+    hyper: Hyper | None = None,
     scalars: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """R of every G, or with Adam N: its moments advance. In float32 or, unless on both sides, in the type of G."""
+    """R of every G, or with moments N: they advance. In float32 or, unless on both sides, in the type of G."""
     if side == "both":
         lefts, rights = _halves(bases)
-        return _low(_low(grads, lefts, "left", torch.float32), rights, "right", dtype, adam, scalars)
+        return _low(_low(grads, lefts, "left", torch.float32), rights, "right", dtype, moments, hyper, scalars)
     kind = grads[0].dtype
     bases = _operands(bases, kind)
     left, lines, depth, rank = _geometry(grads[0], bases[0], side)
     shape = (rank, lines) if left else (lines, rank)
     out = torch.empty((len(grads), *shape), dtype=dtype, device=grads[0].device).unbind()
+    table = _table(out, grads, moments or ((), ()), bases)
     _launch(
-        *("project", grads[0].device, len(out), _table(out, grads, adam, bases), left, lines, depth, rank),
-        *(TYPES.index(kind), dtype == torch.float32, scalars is not None, *adam.numbers),
+        *("project", grads[0].device, len(out), table, left, lines, depth, rank, TYPES.index(kind)),
+        *(dtype == torch.float32, scalars is not None, *_how(hyper or Hyper())),
         None if scalars is None else scalars.data_ptr(),
     )
     return out
 
 
 def _write(
-    params: Sequence[Tensor],
+    weights: Weights,
     updates: Sequence[Tensor],
     bases: Sequence[Tensor],
     side: Side | None,
-    seeds: Seeds,
     scalars: Tensor,
     sign: bool = False,
-    window: Window = ALL,
     counted: int = 0,
     aims: Tensor | None = None,
     factors: Sequence[Tensor] = (),
@@ -325,11 +311,12 @@ def _write(
     `counted`: elements of N, where cautious has counted what it kept; `aims`: lengths that rows are brought to, which
     become their factors.
     """
+    params, _, seeds, window, _ = weights
     kind, device, count = params[0].dtype, params[0].device, len(params)
     if side is None:
         _launch(
             *("dense", device, count, _table(params, updates, bases=factors, seeds=seeds), params[0].numel()),
-            *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_NO_ADAM.numbers),
+            *(TYPES.index(updates[0].dtype), TYPES.index(kind), False, False, False, True, *_how(Hyper())),
             *(counted, sign, _rounding(seeds), *window, *lines_of(factors, params[0]), scalars.data_ptr()),
         )
         return
@@ -337,7 +324,7 @@ def _write(
         lefts, rights = _halves(bases)
         float32 = torch.float32
         wide = _low(_operands(lefts, float32), _operands(updates, float32), "right", float32)  # P N
-        _write(params, wide, rights, "right", seeds, scalars, sign, window, counted, aims)
+        _write(weights, wide, rights, "right", scalars, sign, counted, aims)
         return
     updates, bases = _operands(updates, kind), _operands(bases, kind)
     table = _table(params, updates, bases=bases, seeds=seeds)
@@ -399,7 +386,7 @@ def _square_sums(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return by_row, by_column
 
 
-def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+def project(grads: list[Tensor], bases: Sequence[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """See the reference."""
     if side is None or dtype != torch.float32 or not _fits(grads, bases=bases):
         return reference.project(grads, bases, side, dtype)
@@ -408,39 +395,39 @@ def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: 
 
 def adam_update_(
     lows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: Moments,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
-    if not _fits(lows, exp_avgs, exp_avg_sqs, steps) or not _are_float32(exp_avgs, exp_avg_sqs, steps):
-        return reference.adam_update_(
-            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
-        )
-    adam = _Adam(exp_avgs, exp_avg_sqs, beta1, beta2, transform)
-    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
-    return _updates(lows, adam, scalars)
+    if not _fits(lows, *moments, steps) or not _are_float32(*moments, steps):
+        return reference.adam_update_(lows, moments, steps, hyper, eps_inside, finite)
+    scalars = _prepared(Weights([], steps, finite=finite), hyper, True, eps_inside)
+    return _updates(lows, moments, hyper, scalars)
 
 
-def _updates(lows: Sequence[Tensor], adam: _Adam, scalars: Tensor) -> list[Tensor]:
+def _updates(lows: Sequence[Tensor], moments: Moments, hyper: Hyper, scalars: Tensor) -> list[Tensor]:
     """N; the moments advance."""
     kind = TYPES.index(lows[0].dtype)
-    modes = (kind, 0, True, True, True, False, *adam.numbers, 0, False, False, *ALL, *lines_of((), lows[0]))
-    return _elements("dense", lows, adam, modes, scalars)
+    modes = (kind, 0, True, True, True, False, *_how(hyper), 0, False, False, *ALL, *lines_of((), lows[0]))
+    return _elements("dense", lows, moments, hyper.transform, modes, scalars)
 
 
-def _elements(name: str, lows: Sequence[Tensor], adam: _Adam, modes: Sequence[Any], scalars: Tensor) -> list[Tensor]:
+def _elements(
+    name: str,
+    lows: Sequence[Tensor],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    transform: str,
+    modes: Sequence[Any],
+    scalars: Tensor,
+) -> list[Tensor]:
     """N of every R by a kernel that goes element by element; cautious scales it in a launch of its own."""
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    where, size = (lows[0].device, len(lows), _table(out, lows, adam)), lows[0].numel()
+    where, size = (lows[0].device, len(lows), _table(out, lows, moments)), lows[0].numel()
     _launch(name, *where, size, *modes, scalars.data_ptr())
-    if adam.transform == "cautious":
+    if transform == "cautious":
         _launch("rescale", *where, size, scalars.data_ptr())
     return list(out)
 
@@ -457,9 +444,9 @@ def linear_update_(
     """See the reference."""
     if not _fits(lows, exp_avgs, steps) or not _are_float32(exp_avgs, steps):
         return reference.linear_update_(lows, exp_avgs, steps, look, keep, transform, finite)
-    scalars = _prepared(steps, None, betas=(0.0, 0.0), finite=finite)
+    scalars = _prepared(Weights([], steps, finite=finite), Hyper(), True)
     modes = (TYPES.index(lows[0].dtype), *look, *keep, TRANSFORMS.index(transform))
-    return _elements("linear_update", lows, _NO_ADAM._replace(exp_avgs=exp_avgs, transform=transform), modes, scalars)
+    return _elements("linear_update", lows, (exp_avgs, ()), transform, modes, scalars)
 
 
 def _are_float32(*columns: Sequence[Tensor]) -> bool:
@@ -467,83 +454,48 @@ def _are_float32(*columns: Sequence[Tensor]) -> bool:
 
 
 def apply_(
-    params: list[Tensor],
+    weights: Weights,
     updates: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
     sign: bool = False,
-    window: Window = ALL,
-    finite: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
-    if (
-        not _fits(params, updates, steps, reference.rests(seeds), factors, bases=bases)
-        or not _are_float32(steps)
-        or not _deals(window, side)
-    ):
-        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
-        reference.apply_(params, updates, bases, steps, *how)
+    fits = _fits(weights.params, updates, weights.steps, reference.rests(weights.seeds), factors, bases=bases)
+    if not fits or not _are_float32(weights.steps) or not _deals(weights.window, side):
+        reference.apply_(weights, updates, bases, hyper, side, sign, factors)
         return
-    torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
-    scalars = _prepared(steps, lr, weight_decay, scale, finite=finite)
-    _write(params, updates, bases, side, seeds, scalars, sign, window, factors=factors)
+    torch.autograd.graph.increment_version(weights.params)  # as every in-place op of torch: a stale graph is refused
+    _write(weights, updates, bases, side, _prepared(weights, hyper), sign, factors=factors)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
-    """See the reference; the step stays on the device."""
+def write_(weights: Weights, values: list[Tensor]) -> None:
+    """See the reference; the steps stay on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
-    minus_one = torch.tensor(-1.0, dtype=torch.float64, device="cpu")
-    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None, window=window)
+    apply_(weights, values, [], Hyper(scalar(-1), weight_decay=-1.0), None)
 
 
 def projected_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    window: Window = ALL,
-    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    fits = _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases) and _deals(
-        window, side
-    )
-    if not fits or not _are_float32(exp_avgs, exp_avg_sqs, steps):
-        reference.projected_adam_(
-            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
-            finite=finite,
-        )
+    params, steps, count = weights.params, weights.steps, len(weights.params)
+    fits = _fits(params, grads, *moments, steps, reference.rests(weights.seeds), bases=bases)
+    if not fits or not _deals(weights.window, side) or not _are_float32(*moments, steps):
+        reference.projected_adam_(weights, grads, moments, bases, hyper, side)
         return
     torch.autograd.graph.increment_version(params)
-    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps, finite=finite)
-    per_tensor = len(scalars) // len(params)
-    for at in _parts(params, exp_avgs[0].numel(), bases):
-        adam = _Adam(exp_avgs[at], exp_avg_sqs[at], beta1, beta2, transform)
-        if side == "both":
-            lefts, rights = _halves(bases)
-            own: Sequence[Tensor] = [*lefts[at], *rights[at]]
-        else:
-            own = bases[at]
-        part = scalars[at.start * per_tensor : at.stop * per_tensor]
-        _step(params[at], grads[at], adam, own, seeds[at], part, side, window)
+    scalars = _prepared(weights, hyper, True)
+    for at in _parts(params, moments.exp_avgs[0].numel(), bases):
+        own = part_of(bases, count, at)
+        _step(weights.part(at), grads[at], moments.part(at), own, hyper, _some(scalars, count, at), side)
 
 
 def _parts(params: Sequence[Tensor], low: int, bases: Sequence[Tensor]) -> list[slice]:
@@ -555,38 +507,38 @@ def _parts(params: Sequence[Tensor], low: int, bases: Sequence[Tensor]) -> list[
 
 
 def _step(
-    params: Sequence[Tensor],
+    weights: Weights,
     grads: Sequence[Tensor],
-    adam: _Adam,
+    moments: Moments,
     bases: Sequence[Tensor],
-    seeds: Seeds,
+    hyper: Hyper,
     scalars: Tensor,
     side: Side | None,
-    window: Window,
 ) -> None:
+    params, _, seeds, window, _ = weights
     kind, device, count = params[0].dtype, params[0].device, len(params)
-    cautious = adam.transform == "cautious"
-    counted = adam.exp_avgs[0].numel() if cautious else 0
+    cautious = hyper.transform == "cautious"
+    counted = moments.exp_avgs[0].numel() if cautious else 0
     if side is None:
-        table = _table(params, grads, adam, seeds=seeds)
+        table = _table(params, grads, moments, seeds=seeds)
         types = (TYPES.index(grads[0].dtype), TYPES.index(kind))
         for advance in (True, False) if cautious else (True,):  # cautious: moments and count, then the write
             write = not (cautious and advance)
             _launch(
                 *("dense", device, count, table, params[0].numel(), *types, True, advance, False, write),
-                *(*adam.numbers, counted if write else 0, False, _rounding(seeds), *window),
+                *(*_how(hyper), counted if write else 0, False, _rounding(seeds), *window),
                 *(*lines_of((), params[0]), scalars.data_ptr()),
             )
     elif side == "both" or cautious or grads[0].dtype != kind or bases[0].shape[-1] > FUSED_RANK[kind]:
         same = side != "both" and grads[0].dtype == kind
         bases, low = (_operands(bases, kind), kind) if same else (bases, torch.float32)
-        updates = _low(grads, bases, side, low, adam, scalars)
-        _write(params, updates, bases, side, seeds, scalars, window=window, counted=counted)
+        updates = _low(grads, bases, side, low, moments, hyper, scalars)
+        _write(weights, updates, bases, side, scalars, counted=counted)
     else:
         bases = _operands(bases, kind)
         _launch(
-            *("fused", device, count, _table(params, grads, adam, bases, seeds)),
-            *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *adam.numbers, _rounding(seeds)),
+            *("fused", device, count, _table(params, grads, moments, bases, seeds)),
+            *(*_geometry(params[0], bases[0], side), TYPES.index(kind), *_how(hyper), _rounding(seeds)),
             *(*window, scalars.data_ptr()),
         )
 
@@ -595,57 +547,45 @@ def _step(
 
 
 def weight_norm_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments | Codes,
+    lengths: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side,
-    transform: str,
-    finite: Tensor | None = None,
-    coded: Codes | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
 
     G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
     lengths it would come to and once to be written; back(N) is formed for both of these. Gradients of another type than
-    W, and what is not contiguous, are copied. `coded` moments take the place of others.
+    W, and what is not contiguous, are copied.
     """
-    kind, (m, n), device = params[0].dtype, params[0].shape, params[0].device
+    params, coded = weights.params, isinstance(moments, Codes)
+    kind, (m, n), device, count = params[0].dtype, params[0].shape, params[0].device, len(params)
     grads = list(_operands(grads, kind))
     torch.autograd.graph.increment_version(params)
-    advanced = _prepared(steps, lr, weight_decay, 1.0, (beta1, beta2), eps, finite=finite)
-    undecayed = _prepared(steps, lr, 0.0, scale, finite=finite)
-    count, each = len(params), len(advanced) // len(params)
-    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
+    advanced = _prepared(weights, replace(hyper, scale=1.0), True)
+    undecayed = _prepared(weights, replace(hyper, weight_decay=0.0))
+    with reference.contiguous(params, *(() if coded else moments)) as (w, *own):
+        whole, kept = weights._replace(params=w), moments if coded else Moments(*own)
         for at in _parts(params, max(m, n) * bases[0].shape[-1], bases):
-            w, means, squares, g = (column[at] for column in (*own, grads))
-            first, last = (scalars[at.start * each : at.stop * each] for scalars in (advanced, undecayed))
-            along, aims = torch.empty((2, len(w), m), dtype=torch.float32, device=device)
-            table = _table(w, g, _Adam(length_avgs[at], length_avg_sqs[at], beta1, beta2, "none"))
+            some, g, adam = whole.part(at), grads[at], kept.part(at)
+            first, last = (_some(scalars, count, at) for scalars in (advanced, undecayed))
+            along, aims = torch.empty((2, len(g), m), dtype=torch.float32, device=device)
             _launch(
-                *("lengths", device, len(w), table, m, n, TYPES.index(kind), beta1, beta2),
-                *(along.data_ptr(), aims.data_ptr(), first.data_ptr()),
+                *("lengths", device, len(g), _table(some.params, g, lengths.part(at)), m, n, TYPES.index(kind)),
+                *(*hyper.betas, along.data_ptr(), aims.data_ptr(), first.data_ptr()),
             )
             lefts, rights = bases[:count][at], bases[count:][at]
-            lows = _low_tangents(g, w, along, lefts, "left" if side == "both" else side, first)
+            lows = _low_tangents(g, some.params, along, lefts, "left" if side == "both" else side, first)
             if side == "both":
                 lows = _low(lows, rights, "right", torch.float32)
-            if coded is None:
-                updates = _updates(lows, _Adam(means, squares, beta1, beta2, transform), first)
+            if isinstance(adam, Codes):
+                updates = _coded_updates(lows, adam, hyper, first)
             else:
-                updates = _coded_updates(lows, *coded.part(count, at), first, beta1, beta2, transform)
-            _write(w, updates, [*lefts, *rights], side, seeds[at], last, aims=aims)
+                updates = _updates(lows, adam, hyper, first)
+            _write(some, updates, [*lefts, *rights], side, last, aims=aims)
 
 
 def _low_tangents(
@@ -661,7 +601,7 @@ def _low_tangents(
     bases = _operands(bases, kind)
     left, lines, depth, rank = _geometry(grads[0], bases[0], side)
     out = torch.empty((len(grads), *((rank, lines) if left else (lines, rank))), dtype=torch.float32, device=device)
-    table = _table(out.unbind(), grads, _NO_ADAM._replace(exp_avgs=params), bases)  # W where moments would be
+    table = _table(out.unbind(), grads, (params, ()), bases)  # W where moments would be
     _launch(
         *("project_tangents", device, len(grads), table, left, lines, depth, rank, TYPES.index(kind)),
         *(along.data_ptr(), scalars.data_ptr()),
@@ -673,25 +613,18 @@ def _low_tangents(
 
 
 def compressed_adafactor_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     row_averages: list[Tensor],
     column_averages: list[Tensor],
-    previous: list[Tensor],
-    bases: list[Tensor],
+    previous: Sequence[Tensor],
+    bases: Sequence[Tensor],
     carried: list[bool],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
+    hyper: Hyper,
     decay_rate: float,
     clip_threshold: float,
-    weight_decay: float,
-    scale: float,
     side: Side,
-    transform: str,
-    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.CompressedAdafactor for a bucket, without a temporary as large as a matrix.
 
@@ -699,26 +632,27 @@ def compressed_adafactor_(
     projection of U; back(M) is formed for both of the middle ones. Gradients of another type than W, and what is not
     contiguous, are copied.
     """
-    count, kind = len(params), params[0].dtype
-    grads = list(_operands(grads, kind))
+    params, count, fresh = weights.params, len(weights.params), 1 - hyper.betas[0]
+    grads = list(_operands(grads, params[0].dtype))
     torch.autograd.graph.increment_version(params)
-    scalars = _prepared(steps, lr, weight_decay, scale, (0.0, 0.0), finite=finite)
-    each = len(scalars) // count
-    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
+    scalars = _prepared(weights, replace(hyper, betas=(0.0, 0.0), eps=0.0), True)
+    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as (w, *own):
+        whole = weights._replace(params=w)
         for at in _parts(params, exp_avgs[0].numel(), bases):
-            w, momenta, rows, columns, g = (column[at] for column in (*own, grads))
+            some, (momenta, rows, columns, g) = whole.part(at), (column[at] for column in (*own, grads))
             old, new = (part_of(q, count, at) for q in (previous, bases))
-            part = scalars[at.start * each : at.stop * each]
+            part = _some(scalars, count, at)
             numbers = _normalisers(g, rows, columns, decay_rate, part)
-            _blend(w, g, momenta, old, side, seeds[at], numbers, part, beta1, clip_threshold, transform)
+            _blend(some, g, momenta, old, side, numbers, part, hyper, clip_threshold)
             past = reference.moved(momenta, old, new, side, carried[at], project)
             if side == "both":
                 lefts, rights = _halves(new)
-                lows = torch.empty((len(w), lefts[0].shape[1], w[0].shape[1]), dtype=torch.float32, device=w[0].device)
-                _low_normalised(lows.unbind(), g, lefts, "left", numbers, part)
-                _low_normalised(momenta, lows.unbind(), rights, "right", None, part, past, 1 - beta1)
+                low = (len(g), lefts[0].shape[1], g[0].shape[1])
+                lows = torch.empty(low, dtype=torch.float32, device=g[0].device).unbind()
+                _low_normalised(lows, g, lefts, "left", numbers, part)
+                _low_normalised(momenta, lows, rights, "right", None, part, past, fresh)
             else:
-                _low_normalised(momenta, g, new, side, numbers, part, past, 1 - beta1)
+                _low_normalised(momenta, g, new, side, numbers, part, past, fresh)
 
 
 def _operand(kind: torch.dtype) -> torch.dtype:
@@ -737,7 +671,7 @@ def _normalisers(
     count, (m, n), device = len(grads), grads[0].shape, grads[0].device
     by_row, by_column = _square_sums(grads)
     numbers = torch.empty((count, m + n), dtype=torch.float32, device=device)
-    table = _table(grads, grads, _NO_ADAM._replace(exp_avgs=row_averages, exp_avg_sqs=column_averages))
+    table = _table(grads, grads, (row_averages, column_averages))
     _launch(
         *("normalisers", device, count, table, m, n, TYPES.index(grads[0].dtype), decay_rate),
         *(by_row.data_ptr(), by_column.data_ptr(), numbers.data_ptr(), scalars.data_ptr()),
@@ -746,31 +680,30 @@ def _normalisers(
 
 
 def _blend(
-    params: Sequence[Tensor],
+    weights: Weights,
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     bases: Sequence[Tensor],
     side: Side,
-    seeds: Seeds,
     numbers: Tensor,
     scalars: Tensor,
-    beta1: float,
+    hyper: Hyper,
     threshold: float,
-    transform: str,
 ) -> None:
     """W takes its step along D."""
+    params, seeds = weights.params, weights.seeds
     kind, device, count = params[0].dtype, params[0].device, len(params)
     if side == "both":
         lefts, bases = _halves(bases)
         momenta, side = _low(_operands(lefts, torch.float32), momenta, "right", torch.float32), "right"  # P M
     momenta, bases = _operands(momenta, _operand(kind)), _operands(bases, _operand(kind))
-    table = _table(params, momenta, _NO_ADAM._replace(exp_avgs=grads), bases, seeds)
+    table = _table(params, momenta, (grads, ()), bases, seeds)
     left, lines, depth, rank = _geometry(params[0], bases[0], side)
     tiles = -(-lines // _SLICE) * -(-depth // _COLUMNS)
     sums = torch.empty((count, tiles), dtype=torch.float32, device=device)
     _launch(
-        *("blend", device, count, table, left, lines, depth, rank, TYPES.index(kind), beta1),
-        *(TRANSFORMS.index(transform), _rounding(seeds), threshold),
+        *("blend", device, count, table, left, lines, depth, rank, TYPES.index(kind), hyper.betas[0]),
+        *(TRANSFORMS.index(hyper.transform), _rounding(seeds), threshold),
         *(numbers.data_ptr(), sums.data_ptr(), scalars.data_ptr()),
     )
 
@@ -789,7 +722,7 @@ def _low_normalised(
     kind, device = grads[0].dtype, grads[0].device
     bases = _operands(bases, _operand(kind))
     _launch(
-        *("project_normalised", device, len(out), _table(out, grads, _NO_ADAM._replace(exp_avg_sqs=past), bases)),
+        *("project_normalised", device, len(out), _table(out, grads, ((), past), bases)),
         *(*_geometry(grads[0], bases[0], side), TYPES.index(kind), None if numbers is None else numbers.data_ptr()),
         *(share, scalars.data_ptr()),
     )
@@ -835,92 +768,56 @@ def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: 
     )
 
 
-def coded_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    transform: str,
-    eps_inside: bool = False,
-    finite: Tensor | None = None,
-) -> None:
+def coded_adam_(weights: Weights, grads: list[Tensor], codes: Codes, hyper: Hyper, eps_inside: bool = False) -> None:
     """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
-    own, adam = (codes, scales, tables, streams, axis, begin), (beta1, beta2, eps)
-    if not _fits(params, grads, steps, reference.rests(seeds)) or not _are_float32(steps):
-        rates = (lr, *adam, weight_decay, scale)
-        reference.coded_adam_(params, grads, *own, steps, seeds, *rates, transform, eps_inside, finite)
+    fits = _fits(weights.params, grads, weights.steps, reference.rests(weights.seeds))
+    if not fits or not _are_float32(weights.steps):
+        reference.coded_adam_(weights, grads, codes, hyper, eps_inside)
         return
-    torch.autograd.graph.increment_version(params)
-    scalars = _prepared(steps, lr, weight_decay, scale, (beta1, beta2), eps, eps_inside, finite)
-    _step_coded(params, grads, *own, scalars, beta1, beta2, transform, seeds, write=True)
+    torch.autograd.graph.increment_version(weights.params)
+    scalars = _prepared(weights, hyper, True, eps_inside)
+    _step_coded(weights.params, grads, codes, hyper, scalars, weights.seeds, write=True)
 
 
 def coded_adam_update_(
     lows: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
+    codes: Codes,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """N as coded_adam_ would apply it."""
-    scalars = _prepared(steps, None, betas=(beta1, beta2), eps=eps, eps_inside=eps_inside, finite=finite)
-    return _coded_updates(lows, codes, scales, tables, streams, axis, begin, scalars, beta1, beta2, transform)
+    scalars = _prepared(Weights([], steps, finite=finite), hyper, True, eps_inside)
+    return _coded_updates(lows, codes, hyper, scalars)
 
 
-def _coded_updates(lows: Sequence[Tensor], *how: Any) -> list[Tensor]:
-    """N; `how` is as for _step_coded."""
+def _coded_updates(lows: Sequence[Tensor], codes: Codes, hyper: Hyper, scalars: Tensor) -> list[Tensor]:
+    """N; the steps have advanced."""
     lows = [low.contiguous() for low in lows]
     out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    _step_coded(out, lows, *how)
+    _step_coded(out, lows, codes, hyper, scalars)
     return list(out)
 
 
 def _step_coded(
     out: Sequence[Tensor],
     source: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
+    codes: Codes,
+    hyper: Hyper,
     scalars: Tensor,
-    beta1: float,
-    beta2: float,
-    transform: str,
     seeds: Seeds = (),
     write: bool = False,
 ) -> None:
     """W into `out` where it is to be written, otherwise N; cautious counts in a launch of its own."""
-    count = len(out)
-    numbers = _numbers(*map(_addresses, (out, source, codes, scales)), _numbered(seeds, count), streams)
+    count, tables = len(out), codes.tables
+    rows = map(_addresses, (out, source, codes.codes, codes.scales))
+    numbers = _numbers(*rows, _numbered(seeds, count), codes.streams)
     kinds = (TYPES.index(source[0].dtype), TYPES.index(out[0].dtype))
     first, second = ((table.data_ptr(), len(table)) for table in tables)
-    cautious = transform == "cautious"
+    layout, cautious = _layout(out[0], tables[0], codes.axis), hyper.transform == "cautious"
     for counts in (True, False) if cautious else (False,):
         _launch(
-            *("coded", out[0].device, count, numbers, *_layout(out[0], tables[0], axis), *first, *second, begin),
-            *(*kinds, counts, write, beta1, beta2, TRANSFORMS.index(transform), out[0].numel() if cautious else 0),
-            *(_rounding(seeds), scalars.data_ptr()),
+            *("coded", out[0].device, count, numbers, *layout, *first, *second, codes.begin, *kinds, counts, write),
+            *(*_how(hyper), out[0].numel() if cautious else 0, _rounding(seeds), scalars.data_ptr()),
         )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _ext, ops
-from ..philox import ALL, Window
-from ..types import TRANSFORMS, Plan, Side
+from ..types import TRANSFORMS, Hyper, Moments, Plan, Side, Weights
 from . import reference
-from .reference import back, transform_, write_
+from .reference import Codes, back, transform_, write_
 
 __all__ = [
     "adam_update_",
@@ -32,6 +31,7 @@ __all__ = [
     "words",
     "write_",
 ]
+
 
 _ops = torch.ops.subspace_optim
 
@@ -69,7 +69,7 @@ def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor
     return _ops.line_norms(grads, dim, dtype)
 
 
-def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+def project(grads: list[Tensor], bases: Sequence[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """R for every G; half-precision gradients are converted block by block."""
     if side is None:
         return reference.project(grads, bases, side, dtype)
@@ -78,25 +78,17 @@ def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: 
 
 def adam_update_(
     lows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: Moments,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """R, M and V are read once, M, V and N written once."""
     if finite is not None:
-        return reference.adam_update_(
-            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
-        )
-    updates = [torch.empty_like(m) for m in exp_avgs]
-    _ops.adam_update_(
-        *(updates, lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, TRANSFORMS.index(transform), eps_inside)
-    )
+        return reference.adam_update_(lows, moments, steps, hyper, eps_inside, finite)
+    updates = [torch.empty_like(m) for m in moments.exp_avgs]
+    _ops.adam_update_(updates, lows, *moments, steps, *hyper.betas, hyper.eps, _transform(hyper), eps_inside)
     return updates
 
 
@@ -118,128 +110,84 @@ def linear_update_(
 
 
 def apply_(
-    params: list[Tensor],
+    weights: Weights,
     updates: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
     sign: bool = False,
-    window: Window = ALL,
-    finite: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> None:
     """Every W is read and written once."""
-    if finite is not None:
-        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
-        reference.apply_(params, updates, bases, steps, *how)
+    if weights.finite is not None:
+        reference.apply_(weights, updates, bases, hyper, side, sign, factors)
         return
     _ops.apply_(
-        *(params, updates, bases, steps, seeds, lr, weight_decay, scale, ops.SIDES.index(side), sign, window),
-        *(factors, _products()),
+        *(weights.params, updates, bases, weights.steps, weights.seeds, hyper.lr, hyper.weight_decay, hyper.scale),
+        *(ops.SIDES.index(side), sign, weights.window, factors, _products()),
     )
-    _written(params)
+    _written(weights)
 
 
 def projected_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    window: Window = ALL,
-    finite: Tensor | None = None,
 ) -> None:
     """One matrix at a time, so that R lives in the cache."""
-    if finite is not None:
-        reference.projected_adam_(
-            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
-            finite=finite,
-        )
+    if weights.finite is not None:
+        reference.projected_adam_(weights, grads, moments, bases, hyper, side)
         return
     _ops.projected_adam_(
-        *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr, beta1, beta2, eps, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform), window, _products()),
+        *(weights.params, grads, *moments, bases, weights.steps, weights.seeds, *_numbers(hyper)),
+        *(ops.SIDES.index(side), _transform(hyper), weights.window, _products()),
     )
-    _written(params)
+    _written(weights)
 
 
 def weight_norm_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    lengths: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam, in blocks of rows: the tangential gradient never exists as a whole."""
-    columns: list[Any] = [params, grads, exp_avgs, exp_avg_sqs, length_avgs, length_avg_sqs, bases, steps, seeds]
-    if finite is not None:
-        columns = reference.taken(finite, *columns)
+    weights, hyper, *columns = reference.only_finite(weights, hyper, grads, *moments, *lengths, bases)
     _ops.weight_norm_adam_(
-        *(*columns, lr, beta1, beta2, eps, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
+        *(weights.params, *columns, weights.steps, weights.seeds, *_numbers(hyper)),
+        *(ops.SIDES.index(side), _transform(hyper), _products()),
     )
-    _written(params)
+    _written(weights)
 
 
 def compressed_adafactor_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     row_averages: list[Tensor],
     column_averages: list[Tensor],
-    previous: list[Tensor],
-    bases: list[Tensor],
+    previous: Sequence[Tensor],
+    bases: Sequence[Tensor],
     carried: list[bool],
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    beta1: float,
+    hyper: Hyper,
     decay_rate: float,
     clip_threshold: float,
-    weight_decay: float,
-    scale: float,
     side: Side | None,
-    transform: str,
-    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.CompressedAdafactor, D in blocks of rows."""
-    columns: list[Any] = [params, grads, exp_avgs, row_averages, column_averages, previous, bases, carried]
-    columns += [steps, seeds]
-    if finite is not None:
-        columns, lr = reference.taken(finite, *columns), reference.taken_rates(finite, lr)
+    columns = (grads, exp_avgs, row_averages, column_averages, previous, bases, carried)
+    weights, hyper, *own = reference.only_finite(weights, hyper, *columns)
     _ops.compressed_adafactor_(
-        *(*columns, lr, beta1, decay_rate, clip_threshold, weight_decay, scale),
-        *(ops.SIDES.index(side), TRANSFORMS.index(transform), _products()),
+        *(weights.params, *own, weights.steps, weights.seeds, hyper.lr, hyper.betas[0], decay_rate, clip_threshold),
+        *(hyper.weight_decay, hyper.scale, ops.SIDES.index(side), _transform(hyper), _products()),
     )
-    _written(params)
+    _written(weights)
 
 
 def encode_(
@@ -256,39 +204,16 @@ def encode_(
     _ops.encode_(xs, codes, scales, table, axis, seeds, steps, begin)
 
 
-def coded_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    steps: list[Tensor],
-    seeds: Sequence[int],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    transform: str,
-    eps_inside: bool = False,
-    finite: Tensor | None = None,
-) -> None:
+def coded_adam_(weights: Weights, grads: list[Tensor], codes: Codes, hyper: Hyper, eps_inside: bool = False) -> None:
     """Decoded, advanced, coded and applied a thousand elements at a time, in the cache."""
-    if finite is not None:
-        reference.coded_adam_(
-            *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, transform, eps_inside, finite),
-        )
+    if weights.finite is not None:
+        reference.coded_adam_(weights, grads, codes, hyper, eps_inside)
         return
     _ops.coded_adam_(
-        *(params, grads, codes, scales, tables, streams, axis, begin, steps, seeds, lr, beta1, beta2, eps),
-        *(weight_decay, scale, TRANSFORMS.index(transform), eps_inside),
+        *(weights.params, grads, *codes, weights.steps, weights.seeds, *_numbers(hyper)),
+        *(_transform(hyper), eps_inside),
     )
-    _written(params)
+    _written(weights)
 
 
 def decode_(xs: list[Tensor], codes: list[Tensor], scales: list[Tensor], table: Tensor, axis: int) -> None:
@@ -303,7 +228,16 @@ def words(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
     return out
 
 
-def _written(params: Iterable[Tensor]) -> None:
+def _numbers(hyper: Hyper) -> tuple[Any, ...]:
+    """As ops take them."""
+    return (hyper.lr, *hyper.betas, hyper.eps, hyper.weight_decay, hyper.scale)
+
+
+def _transform(hyper: Hyper) -> int:
+    return TRANSFORMS.index(hyper.transform)
+
+
+def _written(weights: Weights) -> None:
     """Tell autograd, as every in-place op of torch does, so that a stale graph is refused and not used."""
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(params)
+        torch.autograd.graph.increment_version(weights.params)

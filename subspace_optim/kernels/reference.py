@@ -12,9 +12,9 @@
     words         random words, of which bases are drawn: those of philox.py
     coded_adam_   adam_update_ and apply_ of tensors that are not projected, chunk by chunk of moments kept as codes
 
-Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". `finite`,
-where it is given, holds a bool for every tensor: one that it says no of stays as it is, with its moments and its step
-count. So a kernel can skip what the host need not wait to know of.
+Bases come flat: one a tensor, or all the left ones followed by all the right ones when the side is "both". What is
+written comes as `Weights`, what Adam keeps as `Moments`, or `Codes` where it is quantised, and the numbers of a step as
+`Hyper`. `finite` is as Weights have it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, compress, cycle
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..philox import ALL, Window, stochastic_round_, uniform
+from ..philox import Window, stochastic_round_, uniform
 from ..philox import words as words
-from ..types import BLOCK, Seeds, Side, peak
+from ..types import BLOCK, Hyper, Moments, Seeds, Side, Weights, peak, scalar
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def line_norms(grads: list[Tensor], dim: int, dtype: torch.dtype) -> list[Tensor
     return [torch.linalg.vector_norm(grad, dim=dim, keepdim=True, dtype=dtype) for grad in grads]
 
 
-def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+def project(grads: list[Tensor], bases: Sequence[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """R for every G, in `dtype`; with no bases, G itself (not a copy where the dtype already fits)."""
     wide = [g.to(dtype) for g in grads]
     if side is None:
@@ -90,13 +91,9 @@ def transform_(
 
 def adam_update_(
     lows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: Moments,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
@@ -106,17 +103,18 @@ def adam_update_(
     transformers-AdamW form of the papers' official code) instead of after it (torch).
     """
     if finite is not None:
-        updates = [torch.zeros_like(m) for m in exp_avgs]
-        r, m, v, k, out = taken(finite, lows, exp_avgs, exp_avg_sqs, steps, updates)
+        updates = [torch.zeros_like(m) for m in moments.exp_avgs]
+        r, m, v, k, out = taken(finite, lows, *moments, steps, updates)
         if out:
-            torch._foreach_copy_(out, adam_update_(r, m, v, k, beta1, beta2, eps, transform, eps_inside))
+            torch._foreach_copy_(out, adam_update_(r, Moments(m, v), k, hyper, eps_inside))
         return updates
+    (exp_avgs, exp_avg_sqs), (beta1, beta2) = moments, hyper.betas
     lows = [low.to(m.dtype) for low, m in zip(lows, exp_avgs, strict=True)]
     torch._foreach_add_(steps, 1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, lows, lows, 1 - beta2)
     torch._foreach_lerp_(exp_avgs, lows, 1 - beta1)  # after V: an interrupt in between makes the next step no larger
-    eps = max(eps, _EPS_FLOOR)
+    eps = max(hyper.eps, _EPS_FLOOR)
     counts = torch.stack(steps).tolist()
     corrections1 = [1 - beta1**k for k in counts]
     corrections2 = [(1 - beta2**k) ** 0.5 for k in counts]
@@ -130,7 +128,7 @@ def adam_update_(
     torch._foreach_mul_(updates, corrections1)
     for update, average in zip(updates, exp_avgs, strict=True):
         torch.div(average, update, out=update)
-    transform_(updates, lows, transform)
+    transform_(updates, lows, hyper.transform)
     return updates
 
 
@@ -164,58 +162,50 @@ def linear_update_(
 
 
 def apply_(
-    params: list[Tensor],
+    weights: Weights,
     updates: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
     sign: bool = False,
-    window: Window = ALL,
-    finite: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> None:
     """Write every parameter once: W ← (1 - lr·λ) W - lr·scale·back(N).
 
     Args:
-        params: W, written in place.
+        weights: W.
         updates: N, in the low-rank space; with factors of any of the dtypes of gradients.
         bases: flat, as for `project`.
-        steps: 0-d, the tensors' step counts: with `seeds`, the counters of the rounding.
-        seeds: one a tensor rounds bfloat16 stochastically; empty rounds to nearest; a tensor for each is what rounding
-            has taken from it so far (Kahan).
-        lr: 0-d, or one a tensor.
-        weight_decay: λ, decoupled.
-        scale: α.
+        hyper: lr, λ and scale.
         side: of the plan.
         sign: take the sign after the back-projection (Lion).
-        window: which elements of whole tensors these are, which are rounded as the whole.
-        finite: see above.
         factors: what the rows (m, 1), the columns (1, n) or all (1, 1) of every dense N are multiplied by.
     """
-    if finite is not None:
-        columns = (params, updates, bases, steps, seeds, factors)
-        params, updates, bases, steps, seeds, factors = taken(finite, *columns)
-        lr = taken_rates(finite, lr)
-    rates = lr.double().expand(len(params)).tolist()
+    weights, hyper, updates, bases, factors = only_finite(weights, hyper, updates, bases, factors)
+    params = weights.params
+    rates = hyper.lr.double().expand(len(params)).tolist()
     lefts, rights = bases[: len(params)], bases[len(params) :]
     for i, (param, update, rate) in enumerate(zip(params, updates, rates, strict=True)):
         own = () if side is None else (lefts[i], rights[i]) if side == "both" else (lefts[i],)
-        decay, factor = 1 - rate * weight_decay, -rate * scale
+        decay, factor = 1 - rate * hyper.weight_decay, -rate * hyper.scale
         if own and param.dtype == update.dtype and not sign:
             if decay != 1:
                 param.mul_(decay)
             _add_back_(param, update, own, side, factor)
             continue
         moved = update * factors[i] if factors else back(update, own, side)
-        _move_(param, moved.sign() if sign else moved, decay, factor, steps[i], seeds[i] if seeds else None, window)
+        how = (weights.steps[i], weights.seed(i), weights.window)
+        _move_(param, moved.sign() if sign else moved, decay, factor, *how)
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
-    """Round `value` into the parameter, once, as apply_ does with its seed. `value` is overwritten."""
+def write_(weights: Weights, values: list[Tensor]) -> None:
+    """Round values into the parameters, once, as apply_ does. `values` are overwritten."""
+    weights, _, values = only_finite(weights, Hyper(), values)
+    for i, (param, value) in enumerate(zip(weights.params, values, strict=True)):
+        _round_(param, value, weights.steps[i], weights.seed(i), weights.window)
+
+
+def _round_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window) -> None:
     if isinstance(seed, Tensor):
         param.copy_(value)
         seed.copy_(value.sub_(param))
@@ -236,7 +226,7 @@ def _move_(
         wide.mul_(decay)
     wide.add_(update, alpha=factor)
     if wide is not param:
-        write_(param, wide, step, seed, window)
+        _round_(param, wide, step, seed, window)
 
 
 def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Side | None, factor: float) -> None:
@@ -248,28 +238,17 @@ def _add_back_(param: Tensor, update: Tensor, bases: Sequence[Tensor], side: Sid
 
 
 def projected_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    window: Window = ALL,
-    finite: Tensor | None = None,
 ) -> None:
     """The whole step of projected Adam: project, update, apply. With no bases this is AdamW."""
-    lows = project(grads, bases, side, exp_avgs[0].dtype)
-    updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-    apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, False, window, finite)
+    lows = project(grads, bases, side, moments.exp_avgs[0].dtype)
+    updates = adam_update_(lows, moments, weights.steps, hyper, finite=weights.finite)
+    apply_(weights, updates, bases, hyper, side)
 
 
 def taken(finite: Tensor, *columns: Sequence[Any]) -> list[list[Any]]:
@@ -291,9 +270,13 @@ def lines_of(factors: Sequence[Tensor], matrix: Tensor) -> tuple[int, int, int]:
     return matrix.shape[-1], int(rows > 1), int(columns > 1)
 
 
-def taken_rates(finite: Tensor, lr: Tensor) -> Tensor:
-    """The learning rates of these tensors, if there is one for each."""
-    return lr[finite.to(lr.device)] if lr.ndim else lr
+def only_finite(weights: Weights, hyper: Hyper, *columns: Sequence[Any]) -> list[Any]:
+    """The weights that are stepped, and their part of `hyper` and of the columns; the device is waited for."""
+    if weights.finite is None:
+        return [weights, hyper, *columns]
+    params, steps, seeds, *rest = taken(weights.finite, weights.params, weights.steps, weights.seeds, *columns)
+    lr = hyper.lr[weights.finite.to(hyper.lr.device)] if hyper.lr.ndim else hyper.lr
+    return [Weights(params, steps, seeds, weights.window), replace(hyper, lr=lr), *rest]
 
 
 def part_of(column: Sequence[T], count: int, at: slice) -> list[T]:
@@ -302,7 +285,16 @@ def part_of(column: Sequence[T], count: int, at: slice) -> list[T]:
 
 
 class Codes(NamedTuple):
-    """Moments as coded_adam_ takes them."""
+    """Moments that are kept as codes, the first ones of all tensors before the second ones.
+
+    Attributes:
+        codes: see encode_, as all else.
+        scales: of the codes.
+        tables: values of the codes, of the first ones and of the second ones.
+        streams: seeds of their rounding.
+        axis: that blocks run along.
+        begin: where they begin in their stream.
+    """
 
     codes: Sequence[Tensor]
     scales: Sequence[Tensor]
@@ -311,8 +303,9 @@ class Codes(NamedTuple):
     axis: int
     begin: int
 
-    def part(self, count: int, at: slice) -> Codes:
-        """Those of some of `count` tensors."""
+    def part(self, at: slice) -> Codes:
+        """Those of some tensors."""
+        count = len(self.codes) // 2
         codes, scales = (part_of(column, count, at) for column in (self.codes, self.scales))
         return self._replace(codes=codes, scales=scales, streams=part_of(self.streams, count, at))
 
@@ -349,79 +342,71 @@ def contiguous(*columns: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
             tensor.copy_(copied)
 
 
-def coded_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    transform: str,
-    eps_inside: bool = False,
-    finite: Tensor | None = None,
-) -> None:
+def coded_adam_(weights: Weights, grads: list[Tensor], codes: Codes, hyper: Hyper, eps_inside: bool = False) -> None:
     """The whole step of Adam without a projection, on moments that are kept as codes: no more than a chunk is decoded.
 
-    Moments come flat, the first ones of all tensors before the second ones, as codes, scales and seeds (`streams`);
-    `tables` are those of the two. `axis` and `begin` are those of encode_, W begins where its moments do, and
-    everything else is as for projected_adam_. A module may have `coded_adam_update_` beside it, which returns N as
-    adam_update_ does; its weight_norm_adam_ then takes `Codes`, too.
+    W begins in its whole where its moments do. A module may have `coded_adam_update_` beside it, which returns N as
+    adam_update_ does, and whose weight_norm_adam_ takes `Codes`, too.
     """
-    if finite is not None:
-        columns = (params, grads, codes, scales, streams, steps, seeds)
-        params, grads, codes, scales, streams, steps, seeds = taken(finite, *columns)
-        lr = taken_rates(finite, lr)
-    rates = lr.double().expand(len(params)).tolist()
+    columns = (codes.codes, codes.scales, codes.streams)
+    weights, hyper, grads, code_of, scale_of, streams = only_finite(weights, hyper, grads, *columns)
+    params, axis, tables = weights.params, codes.axis, codes.tables
+    rates = hyper.lr.double().expand(len(params)).tolist()
     for i, (param, grad, rate) in enumerate(zip(params, grads, rates, strict=True)):
-        whole = param.contiguous()
-        weights, lows, length = rows(whole, axis), rows(grad.contiguous(), axis), param.shape[axis]
-        kept = [(rows(codes[j], axis), rows(scales[j], axis), streams[j]) for j in (i, len(params) + i)]
-        options = (steps[i].clone(), beta1, beta2, eps, eps_inside)
-        steps[i].add_(1)
+        whole, step, seed = param.contiguous(), weights.steps[i], weights.seed(i)
+        wide, lows, length = rows(whole, axis), rows(grad.contiguous(), axis), param.shape[axis]
+        kept = [(rows(code_of[j], axis), rows(scale_of[j], axis), streams[j]) for j in (i, len(params) + i)]
+        how = (step.clone(), hyper, eps_inside)
+        step.add_(1)
         agreeing = torch.zeros((), dtype=torch.int64, device=param.device)
-        for at in _chunks(whole, axis) if transform == "cautious" else ():  # which has to see all before it writes any
-            update, low, _ = _advanced(lows, kept, tables, at, *options)
+        for at in _chunks(whole, axis) if hyper.transform == "cautious" else ():  # which sees all before it writes any
+            update, low, _ = _advanced(lows, kept, tables, at, *how)
             agreeing += (update * low > 0).sum()
         for at in _chunks(whole, axis):
-            update, low, moments = _advanced(lows, kept, tables, at, *options)
-            transform_([update], [low], transform, [agreeing.to(low.dtype) / param.numel()])
-            first = begin + at.start * length
+            update, low, moments = _advanced(lows, kept, tables, at, *how)
+            transform_([update], [low], hyper.transform, [agreeing.to(low.dtype) / param.numel()])
+            first = codes.begin + at.start * length
             for x, (code, unit, stream), table in reversed([*zip(moments, kept, tables, strict=True)]):  # V before M
-                encode_([x], [code[at]], [unit[at]], table, -1, [stream], [steps[i]], first)
-            seed = seeds[i] if seeds else None
-            seed = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed
-            _move_(weights[at], update, 1 - rate * weight_decay, -rate * scale, steps[i], seed, Window(first))
+                encode_([x], [code[at]], [unit[at]], table, -1, [stream], [step], first)
+            own = rows(seed, axis)[at] if isinstance(seed, Tensor) else seed
+            _move_(wide[at], update, 1 - rate * hyper.weight_decay, -rate * hyper.scale, step, own, Window(first))
         if whole is not param:
             param.copy_(whole)
+
+
+def coded_updates(
+    kernel: Any,
+    lows: list[Tensor],
+    codes: Codes,
+    steps: list[Tensor],
+    hyper: Hyper,
+    eps_inside: bool = False,
+    finite: Tensor | None = None,
+) -> list[Tensor]:
+    """N of a kernel that writes parameters alone: what a step of -1 adds to zero."""
+    updates = [torch.zeros(low.shape, dtype=steps[0].dtype, device=low.device) for low in lows]
+    minus = replace(hyper, lr=scalar(-1), weight_decay=0.0, scale=1.0)
+    kernel.coded_adam_(Weights(updates, steps, finite=finite), lows, codes, minus, eps_inside)
+    return updates
 
 
 def _advanced(
     grads: Tensor,
     kept: Sequence[tuple[Tensor, Tensor, int]],
-    tables: list[Tensor],
+    tables: Sequence[Tensor],
     at: slice,
     step: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    hyper: Hyper,
     eps_inside: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """N and R of some rows, and their moments after the step."""
     low = grads[at].to(step.dtype)
-    first, second = moments = [low.new_empty(low.shape) for _ in tables]
+    moments = [low.new_empty(low.shape) for _ in tables]
     for x, (code, unit, _), table in zip(moments, kept, tables, strict=True):
         decode_([x], [code[at]], [unit[at]], table, -1)
-    (update,) = adam_update_([low], [first], [second], [step.clone()], beta1, beta2, eps, "none", eps_inside)
+    first, second = moments
+    plain = replace(hyper, transform="none")
+    (update,) = adam_update_([low], Moments([first], [second]), [step.clone()], plain, eps_inside)
     return update, low, moments
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..distributed import Sharded
 from ..storage import Coding, codecs
 from ..types import Plan
 from . import compiled, native
+from .sharded import Sharded
 
 
 def _on_gpu(name: str, plan: Plan | None) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import philox
-from ..philox import ALL, Window
-from ..types import BLOCK, Plan, Seeds, Side
+from ..philox import Window
+from ..types import BLOCK, Hyper, Moments, Plan, Seeds, Side, Weights, scalar
 from . import reference
 from . import triton_device as kernels
 from .reference import Codes, back, grad_max, lines_of, part_of, transform_
@@ -46,6 +47,7 @@ __all__ = [
     "words",
     "write_",
 ]
+
 
 # How tl.dot multiplies, by dtype of the gradient (or, in apply_, of the parameter). tf32x3 is float32 to 1e-6; with
 # 16-bit operands the basis and N are rounded as the gradient was, 0.2 % of an update's norm in bfloat16. "tf32x3" is
@@ -226,26 +228,27 @@ def _learning_rate(lr: Tensor) -> tuple[float | Tensor, int]:
     return (float(lr), -1) if lr.is_cpu and lr.ndim == 0 else (lr, lr.ndim)
 
 
-def _operands(bases: list[Tensor], dot: str) -> list[Tensor]:
+def _operands(bases: Sequence[Tensor], dot: str) -> Sequence[Tensor]:
     """The bases, contiguous and as tl.dot takes them: every tile reads them again, and 16 bits cost L2 half as much."""
     dtype = _DOT_TYPES.get(dot, torch.float32)
     if not bases or (bases[0].dtype == dtype and all(basis.is_contiguous() for basis in bases)):
         return bases
     rounded = list(torch.empty((len(bases), *bases[0].shape), dtype=dtype, device=bases[0].device).unbind())
-    torch._foreach_copy_(rounded, bases)
+    torch._foreach_copy_(rounded, list(bases))
     return rounded
 
 
-def _advanced(table: _Table, count: int, beta1: float, beta2: float, finite: Tensor | None) -> Tensor:
+def _advanced(table: _Table, count: int, betas: tuple[float, float], finite: Tensor | None) -> Tensor:
     """Bias corrections (2, count) of the steps in the table, which advance by one."""
     corrections = torch.empty((2, count), dtype=torch.float32, device=table.on_device.device)
-    logs = (math.log(beta) if beta > 0 else -math.inf for beta in (beta1, beta2))
+    logs = (math.log(beta) if beta > 0 else -math.inf for beta in betas)
     _launch(kernels.advance, (triton.cdiv(count, 128),), table, finite, corrections, count, *logs, BLOCK=128)
     return corrections
 
 
-def _moment_scalars(beta1: float, beta2: float, eps: float) -> tuple[float, float, float, float]:
-    return 1 - beta1, beta2, 1 - beta2, max(eps, reference._EPS_FLOOR)
+def _moment_scalars(hyper: Hyper) -> tuple[float, float, float, float]:
+    beta1, beta2 = hyper.betas
+    return 1 - beta1, beta2, 1 - beta2, max(hyper.eps, reference._EPS_FLOOR)
 
 
 def _noise_mode(params: Sequence[Tensor], seeds: Seeds, *starts: int) -> int:
@@ -300,7 +303,7 @@ def _squares(table: _Table, grads: Sequence[Tensor], finite: Tensor | None) -> t
     return by_row, by_column
 
 
-def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
+def project(grads: list[Tensor], bases: Sequence[Tensor], side: Side | None, dtype: torch.dtype) -> list[Tensor]:
     """See the reference."""
     if side is None or dtype not in _TYPES or not _fits(grads, bases=bases):
         return reference.project(grads, bases, side, dtype)
@@ -313,14 +316,13 @@ def project(grads: list[Tensor], bases: list[Tensor], side: Side | None, dtype: 
 
 def _project_all(
     grads: Sequence[Tensor],
-    bases: list[Tensor],
+    bases: Sequence[Tensor],
     side: Side | None,
     dtype: torch.dtype,
     dot: str,
-    moments: tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]] | None = None,
-    betas: tuple[float, float] = (0.0, 0.0),
-    eps: float = 0.0,
-    grams: bool = False,
+    moments: Moments | None = None,
+    steps: Sequence[Tensor] = (),
+    hyper: Hyper | None = None,
     finite: Tensor | None = None,
     kind: str = "whole",
     numbers: Tensor | None = None,
@@ -329,21 +331,21 @@ def _project_all(
 ) -> list[Tensor]:
     """R in `dtype`; of what another kind (see kernels._gradient) makes of G by its numbers and, tangential, by W.
 
-    With moments (exp_avgs, exp_avg_sqs, steps), N, and they advance. With an average (outputs, what they were), it
-    advances by R.
+    With moments and steps, N, and they advance. With an average (outputs, what they were), it advances by R.
     """
     (m, n), rank = grads[0].shape, bases[0].shape[-1]
     other = n if side == "left" else m
     bases = _operands(bases, dot)
     low = (rank, n) if side == "left" else (m, rank)
+    hyper = hyper or Hyper()
     empty: Sequence[Tensor] = ()
     if average is None:
         out: Sequence[Tensor] = torch.empty((len(grads), *low), dtype=dtype, device=grads[0].device).unbind()
-        past, squares, steps = moments or (empty, empty, empty)
+        past, squares = moments or (empty, empty)
     else:
-        (out, past), squares, steps = average, empty, empty
+        (out, past), squares = average, empty
     table = _table(out, grads, past, squares, bases, steps, (), _addresses(params))
-    corrections = _advanced(table, len(out), *betas, finite) if moments else None
+    corrections = _advanced(table, len(out), hyper.betas, finite) if moments else None
     shape = blocks("project", dot, _capability(grads[0].device))
     shape = shape if kind == "whole" else shape._replace(stages=_KIND_STAGES)
     _launch(
@@ -351,7 +353,7 @@ def _project_all(
         (triton.cdiv(other, shape.rows) * triton.cdiv(rank, shape.columns), len(out)),
         table,
         finite,
-        *(corrections, numbers, m, n, rank, *_moment_scalars(*betas, eps)),
+        *(corrections, numbers, m, n, rank, *_moment_scalars(hyper)),
         OUT=_TYPES[dtype],
         G=_TYPES[grads[0].dtype],
         Q=_TYPES[bases[0].dtype],
@@ -362,7 +364,7 @@ def _project_all(
         KIND=kind,
         ADAM=moments is not None,
         AVERAGE=average is not None,
-        GRAMS=grams,
+        GRAMS=hyper.transform == "grams",
         **_tile(shape),
     )
     return list(out)
@@ -370,49 +372,33 @@ def _project_all(
 
 def adam_update_(
     lows: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
+    moments: Moments,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """See the reference."""
-    if not _fits(lows, exp_avgs, exp_avg_sqs, steps):
-        return reference.adam_update_(
-            lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, eps_inside, finite
-        )
-    return _updates(lows, exp_avgs, exp_avg_sqs, steps, None, beta1, beta2, eps, transform, eps_inside, finite)
+    if not _fits(lows, *moments, steps):
+        return reference.adam_update_(lows, moments, steps, hyper, eps_inside, finite)
+    return _updates(lows, moments, steps, hyper, eps_inside, finite)
 
 
 def _updates(
     lows: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    moments: Moments,
     steps: Sequence[Tensor],
-    corrections: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str,
+    hyper: Hyper,
     eps_inside: bool,
     finite: Tensor | None,
+    corrections: Tensor | None = None,
 ) -> list[Tensor]:
     """N; without corrections, the steps advance."""
-    out = torch.empty((len(lows), *lows[0].shape), dtype=exp_avgs[0].dtype, device=lows[0].device).unbind()
-    table = _table(out, lows, exp_avgs, exp_avg_sqs, (), steps)
+    out = torch.empty((len(lows), *lows[0].shape), dtype=moments.exp_avgs[0].dtype, device=lows[0].device).unbind()
+    table = _table(out, lows, *moments, (), steps)
     if corrections is None:
-        corrections = _advanced(table, len(out), beta1, beta2, finite)
-    _step_elements(
-        *(table, finite, out, lows, corrections, 0.0, -1, _moment_scalars(beta1, beta2, eps), 0.0, 0.0, ALL),
-        ADAM=True,
-        GRAMS=transform == "grams",
-        CAUTIOUS=transform == "cautious",
-        EPS_INSIDE=eps_inside,
-    )
+        corrections = _advanced(table, len(out), hyper.betas, finite)
+    _step_elements(table, Weights(list(out), [], finite=finite), lows, hyper, corrections, EPS_INSIDE=eps_inside)
     return list(out)
 
 
@@ -431,7 +417,7 @@ def linear_update_(
     count, size = len(lows), lows[0].numel()
     out = torch.empty((count, *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
     table = _table(out, lows, exp_avgs, (), (), steps)
-    _advanced(table, count, 0.0, 0.0, finite)
+    _advanced(table, count, (0.0, 0.0), finite)
     for kept, counts in _counting(transform == "cautious", out):
         _launch(
             kernels.linear_update,
@@ -450,36 +436,36 @@ def linear_update_(
 
 def _step_elements(
     table: _Table,
-    finite: Tensor | None,
-    out: Sequence[Tensor],
+    weights: Weights,
     source: Sequence[Tensor],
-    corrections: Tensor | None,
-    lr: float | Tensor,
-    lr_mode: int,
-    moments: tuple[float, float, float, float],
-    weight_decay: float,
-    scale: float,
-    window: Window,
-    seeds: Seeds = (),
+    hyper: Hyper,
+    corrections: Tensor | None = None,
     lines: tuple[int, int, int] = (1, 0, 0),
     **modes: bool,
 ) -> None:
-    """`lines`: elements of a row, and how far apart the factors of the FACTORS of rows, and of columns, are."""
-    size = out[0].numel()
-    names = ("ADAM", "APPLY", "SIGN", "GRAMS", "CAUTIOUS", "EPS_INSIDE", "FACTORS")
-    constants: dict[str, Any] = dict.fromkeys(names, False) | modes
-    noise = _noise_mode(out, seeds, window.origin, *(() if window.consecutive else window[1:]))
-    for kept, counts in _counting(constants["CAUTIOUS"], out):
+    """N of R with corrections, otherwise `source` is N; W where it is to be APPLYed, otherwise N in its place.
+
+    `lines`: elements of a row, and how far apart the factors of the FACTORS of rows, and of columns, are.
+    """
+    out, window, adam = weights.params, weights.window, corrections is not None
+    constants: dict[str, Any] = dict.fromkeys(("APPLY", "SIGN", "EPS_INSIDE", "FACTORS"), False) | modes
+    size, (rate, mode) = out[0].numel(), _learning_rate(hyper.lr) if constants["APPLY"] else (0.0, -1)
+    cautious = adam and hyper.transform == "cautious"
+    noise = _noise_mode(out, weights.seeds, window.origin, *(() if window.consecutive else window[1:]))
+    for kept, counts in _counting(cautious, out):
         _launch(
             kernels.elementwise,
             (triton.cdiv(size, _BLOCK), len(out)),
             table,
-            finite,
-            *(corrections, kept, lr, size, *moments, weight_decay, scale, *window, *lines),
+            weights.finite,
+            *(corrections, kept, rate, size, *_moment_scalars(hyper), hyper.weight_decay, hyper.scale, *window, *lines),
             OUT=_TYPES[out[0].dtype],
             IN=_TYPES[source[0].dtype],
             ALIGN=table.align,
-            LR=lr_mode,
+            LR=mode,
+            ADAM=adam,
+            GRAMS=adam and hyper.transform == "grams",
+            CAUTIOUS=cautious,
             COUNT=counts,
             NOISE=noise,
             BLOCK=_BLOCK,
@@ -496,69 +482,51 @@ def _counting(cautious: bool, out: Sequence[Tensor]) -> list[tuple[Tensor | None
 
 
 def apply_(
-    params: list[Tensor],
+    weights: Weights,
     updates: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
     sign: bool = False,
-    window: Window = ALL,
-    finite: Tensor | None = None,
     factors: Sequence[Tensor] = (),
 ) -> None:
     """See the reference."""
+    params, steps, seeds, _, finite = weights
     if not _fits(params, updates, steps, reference.rests(seeds), factors, bases=bases):
-        how = (seeds, lr, weight_decay, scale, side, sign, window, finite, factors)
-        reference.apply_(params, updates, bases, steps, *how)
+        reference.apply_(weights, updates, bases, hyper, side, sign, factors)
         return
     torch.autograd.graph.increment_version(params)  # as every in-place op of torch: a stale graph is refused
     if side is None:
-        rate, mode = _learning_rate(lr)
         table = _table(params, updates, (), (), (), steps, seeds, _addresses(factors))
-        _step_elements(
-            *(table, finite, params, updates, None, rate, mode),
-            *(_moment_scalars(0, 0, 0), weight_decay, scale, window, seeds),
-            *(lines_of(factors, params[0]),),
-            APPLY=True,
-            SIGN=sign,
-            FACTORS=len(factors) > 0,
-        )
+        lines, modes = lines_of(factors, params[0]), {"SIGN": sign, "FACTORS": len(factors) > 0}
+        _step_elements(table, weights, updates, hyper, None, lines, APPLY=True, **modes)
         return
     if side == "both":
         updates, bases, side = _left(updates, bases[: len(params)], finite), bases[len(params) :], "right"
-    _apply_all(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, sign, window, finite)
+    _apply_all(weights, updates, bases, hyper, side, sign)
 
 
-def _left(updates: Sequence[Tensor], bases: list[Tensor], finite: Tensor | None) -> list[Tensor]:
+def _left(updates: Sequence[Tensor], bases: Sequence[Tensor], finite: Tensor | None) -> list[Tensor]:
     """P N in float32, the first half of back(N) on both sides."""
     dot = DOT[torch.float32]
-    return _project_all(_operands(bases, dot), list(updates), "right", torch.float32, dot, finite=finite)
+    return _project_all(_operands(bases, dot), updates, "right", torch.float32, dot, finite=finite)
 
 
 def _apply_all(
-    params: Sequence[Tensor],
+    weights: Weights,
     updates: Sequence[Tensor],
-    bases: list[Tensor],
-    steps: Sequence[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    weight_decay: float,
-    scale: float,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    sign: bool,
-    window: Window,
-    finite: Tensor | None,
+    sign: bool = False,
     lengths: Tensor | None = None,
 ) -> None:
     """W; with `lengths`, its rows come to them: they are measured by a launch of their own before."""
+    params, steps, seeds, window, finite = weights
     dot = DOT[params[0].dtype]
     bases = _operands(bases, dot)
     table = _table(params, updates, (), (), bases, steps, seeds)
-    rate, mode = _learning_rate(lr)
+    rate, mode = _learning_rate(hyper.lr)
     (m, n), rank = params[0].shape, bases[0].shape[-1]
     pitch = _pitch(window, n)
     shape = blocks("apply", dot, _capability(params[0].device))
@@ -570,7 +538,7 @@ def _apply_all(
             (triton.cdiv(m, shape.rows) * tiles, len(params)),
             table,
             finite,
-            *(lengths, squares, rate, m, n, rank, weight_decay, scale, window.origin, pitch),
+            *(lengths, squares, rate, m, n, rank, hyper.weight_decay, hyper.scale, window.origin, pitch),
             W=_TYPES[params[0].dtype],
             IN=_TYPES[updates[0].dtype],
             Q=_TYPES[bases[0].dtype],
@@ -585,110 +553,70 @@ def _apply_all(
         )
 
 
-def write_(param: Tensor, value: Tensor, step: Tensor, seed: int | Tensor | None, window: Window = ALL) -> None:
-    """See the reference; the step stays on the device."""
+def write_(weights: Weights, values: list[Tensor]) -> None:
+    """See the reference; the steps stay on the device."""
     # W ← (1 - lr·λ) W - lr·value with lr = λ = -1 is W ← value.
-    minus_one = torch.tensor(-1.0, dtype=torch.float64, device="cpu")
-    apply_([param], [value], [], [step], () if seed is None else (seed,), minus_one, -1.0, 1.0, None, window=window)
+    apply_(weights, values, [], Hyper(scalar(-1), weight_decay=-1.0), None)
 
 
 def projected_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    window: Window = ALL,
-    finite: Tensor | None = None,
 ) -> None:
     """See the reference."""
-    if not _fits(params, grads, exp_avgs, exp_avg_sqs, steps, reference.rests(seeds), bases=bases):
-        reference.projected_adam_(
-            *(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds, lr),
-            *(beta1, beta2, eps, weight_decay, scale, side, transform, window),
-            finite=finite,
-        )
+    params, steps, seeds, _, finite = weights
+    if not _fits(params, grads, *moments, steps, reference.rests(seeds), bases=bases):
+        reference.projected_adam_(weights, grads, moments, bases, hyper, side)
         return
-    grams = transform == "grams"
     if side is None:
-        table = _table(params, grads, exp_avgs, exp_avg_sqs, (), steps, seeds)
-        corrections = _advanced(table, len(params), beta1, beta2, finite)
-        rate, mode = _learning_rate(lr)
+        table = _table(params, grads, *moments, (), steps, seeds)
+        corrections = _advanced(table, len(params), hyper.betas, finite)
         torch.autograd.graph.increment_version(params)
-        _step_elements(
-            *(table, finite, params, grads, corrections, rate, mode),
-            *(_moment_scalars(beta1, beta2, eps), weight_decay, scale, window, seeds),
-            ADAM=True,
-            APPLY=True,
-            GRAMS=grams,
-            CAUTIOUS=transform == "cautious",
-        )
+        _step_elements(table, weights, grads, hyper, corrections, APPLY=True)
         return
-    if transform == "cautious" or side == "both":
-        lows = project(grads, bases, side, exp_avgs[0].dtype)
-        updates = adam_update_(lows, exp_avgs, exp_avg_sqs, steps, beta1, beta2, eps, transform, finite=finite)
-        apply_(params, updates, bases, steps, seeds, lr, weight_decay, scale, side, False, window, finite)
+    if hyper.transform == "cautious" or side == "both":
+        lows = project(grads, bases, side, moments.exp_avgs[0].dtype)
+        apply_(weights, adam_update_(lows, moments, steps, hyper, finite=finite), bases, hyper, side)
         return
     dot = DOT[grads[0].dtype]
     low_type = _DOT_TYPES.get(dot, torch.float32)
     fused = bases[0].shape[-1] <= FUSED_RANK[dot] and params[0].shape[-1] % FUSED_MULTIPLE == 0
-    workspace = (0 if fused else exp_avgs[0].numel()) + (bases[0].numel() if dot in _DOT_TYPES else 0)
+    workspace = (0 if fused else moments.exp_avgs[0].numel()) + (bases[0].numel() if dot in _DOT_TYPES else 0)
     part = max(1, _WORKSPACE // max(1, workspace * low_type.itemsize))
     for at in (slice(start, start + part) for start in range(0, len(params), part)):
-        rounded, own = _operands(bases[at], dot), None if finite is None else finite[at]
+        some, rounded, own = weights.part(at), _operands(bases[at], dot), hyper.part(at)
         if fused:
-            _fused_adam_(
-                *(params[at], grads[at], exp_avgs[at], exp_avg_sqs[at], rounded, steps[at], seeds[at], lr),
-                *((beta1, beta2), eps, weight_decay, scale, side, grams, window, own),
-            )
+            _fused_adam_(some, grads[at], moments.part(at), rounded, own, side)
             continue
-        updates = _project_all(
-            *(grads[at], rounded, side, low_type, dot),
-            *((exp_avgs[at], exp_avg_sqs[at], steps[at]), (beta1, beta2), eps, grams, own),
-        )
-        apply_(params[at], updates, rounded, steps[at], seeds[at], lr, weight_decay, scale, side, False, window, own)
+        how = (moments.part(at), some.steps, own, some.finite)
+        apply_(some, _project_all(grads[at], rounded, side, low_type, dot, *how), rounded, own, side)
 
 
 def _fused_adam_(
-    params: Sequence[Tensor],
+    weights: Weights,
     grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    bases: list[Tensor],
-    steps: Sequence[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    grams: bool,
-    window: Window,
-    finite: Tensor | None,
 ) -> None:
+    params, steps, seeds, window, finite = weights
     dot = DOT[grads[0].dtype]
     (m, n), rank = params[0].shape, bases[0].shape[-1]
-    table = _table(params, grads, exp_avgs, exp_avg_sqs, bases, steps, seeds)
-    corrections = _advanced(table, len(params), *betas, finite)
-    rate, mode = _learning_rate(lr)
+    table = _table(params, grads, *moments, bases, steps, seeds)
+    corrections = _advanced(table, len(params), hyper.betas, finite)
+    rate, mode = _learning_rate(hyper.lr)
     shape, pitch = blocks("fused", dot, _capability(params[0].device)), _pitch(window, n)
     torch.autograd.graph.increment_version(params)
     _launch(
         kernels.fused,
         (triton.cdiv(n if side == "left" else m, shape.rows), len(params)),
         table,
-        *(finite, corrections, rate, m, n, rank, *_moment_scalars(*betas, eps), weight_decay, scale),
+        *(finite, corrections, rate, m, n, rank, *_moment_scalars(hyper), hyper.weight_decay, hyper.scale),
         *(window.origin, pitch),
         W=_TYPES[params[0].dtype],
         G=_TYPES[grads[0].dtype],
@@ -697,7 +625,7 @@ def _fused_adam_(
         LR=mode,
         DOT=dot,
         LEFT=side == "left",
-        GRAMS=grams,
+        GRAMS=hyper.transform == "grams",
         NOISE=_noise_mode(params, seeds, n, window.origin, pitch),
         ROWS=shape.rows,
         DEPTH=shape.depth,
@@ -708,104 +636,100 @@ def _fused_adam_(
 
 
 def weight_norm_adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    length_avgs: list[Tensor],
-    length_avg_sqs: list[Tensor],
-    bases: list[Tensor],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
+    moments: Moments | Codes,
+    lengths: Moments,
+    bases: Sequence[Tensor],
+    hyper: Hyper,
     side: Side | None,
-    transform: str,
-    finite: Tensor | None = None,
-    coded: Codes | None = None,
 ) -> None:
     """The whole step of rules.WeightNormAdam for a bucket, without a temporary as large as a matrix.
 
     G and W are read for the lengths and radial parts of rows, again for R of the tangential part, W once for the
-    lengths it would come to and once to be written; back(N) is formed for both of these. `coded` moments take the place
-    of others.
+    lengths it would come to and once to be written; back(N) is formed for both of these.
     """
+    params, coded = weights.params, isinstance(moments, Codes)
     kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
     grads = [grad.to(kind).contiguous() for grad in grads]
     torch.autograd.graph.increment_version(params)
     count, (m, n) = len(params), params[0].shape
     between = sum(basis.numel() for basis in bases) // count if side == "both" else 0
     part = max(1, _WORKSPACE // (4 * (2 * max(m, n) * bases[0].shape[-1] + between)))
-    with reference.contiguous(params, exp_avgs, exp_avg_sqs) as own:
+    with reference.contiguous(params, *(() if coded else moments)) as (w, *own):
+        whole, kept = weights._replace(params=w), moments if coded else Moments(*own)
         for at in (slice(start, start + part) for start in range(0, count, part)):
-            w, means, squares, g, k = (column[at] for column in (*own, grads, steps))
-            lefts, rights = bases[:count][at], bases[count:][at]
-            some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
-            table = _table(w, g, length_avgs[at], length_avg_sqs[at], (), k)
-            corrections = _advanced(table, len(w), beta1, beta2, some)
-            lengths = torch.empty((len(w), 2, m), dtype=torch.float32, device=w[0].device)
-            rate, mode = _learning_rate(rates)
-            wide = torch.float32
-            _launch(
-                kernels.lengths,
-                (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(w)),
-                table,
-                some,
-                *(corrections, lengths, rate, m, n, *_moment_scalars(beta1, beta2, eps), weight_decay),
-                W=_TYPES[w[0].dtype],
-                G=_TYPES[kind],
-                ALIGN=table.align,
-                LR=mode,
-                ROWS=_LENGTH_BLOCKS.rows,
-                COLUMNS=_LENGTH_BLOCKS.columns,
-                blocks=_LENGTH_BLOCKS,
+            _weight_norm_part_(
+                *(whole.part(at), grads[at], kept.part(at), lengths.part(at), bases[:count][at], bases[count:][at]),
+                *(hyper.part(at), side),
             )
-            first: Side | None = "left" if side == "both" else side
-            tangent: Any = {"kind": "tangent", "numbers": lengths, "params": w}
-            lows = _project_all(g, lefts, first, wide, DOT[kind], finite=some, **tangent)
-            if side == "both":
-                lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=some)
-            adam = (beta1, beta2, eps, transform, False, some)
-            if coded is None:
-                updates = _updates(lows, means, squares, k, corrections, *adam)
-            else:
-                updates = _coded_updates(lows, *coded.part(count, at), k, *adam, corrections)
-            if side == "both":
-                updates = _left(updates, lefts, some)
-            outer, last = (rights, "right") if side == "both" else (lefts, side)
-            _apply_all(w, updates, outer, k, seeds[at], rates, 0.0, scale, last, False, ALL, some, lengths)
+
+
+def _weight_norm_part_(
+    weights: Weights,
+    grads: Sequence[Tensor],
+    moments: Moments | Codes,
+    lengths: Moments,
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    hyper: Hyper,
+    side: Side | None,
+) -> None:
+    """`lefts` are all bases where there is one a matrix."""
+    params, steps, finite = weights.params, weights.steps, weights.finite
+    (m, n), kind, wide = params[0].shape, grads[0].dtype, torch.float32
+    table = _table(params, grads, *lengths, (), steps)
+    corrections = _advanced(table, len(params), hyper.betas, finite)
+    numbers = torch.empty((len(params), 2, m), dtype=wide, device=params[0].device)
+    rate, mode = _learning_rate(hyper.lr)
+    _launch(
+        kernels.lengths,
+        (triton.cdiv(m, _LENGTH_BLOCKS.rows), len(params)),
+        table,
+        finite,
+        *(corrections, numbers, rate, m, n, *_moment_scalars(hyper), hyper.weight_decay),
+        W=_TYPES[params[0].dtype],
+        G=_TYPES[kind],
+        ALIGN=table.align,
+        LR=mode,
+        ROWS=_LENGTH_BLOCKS.rows,
+        COLUMNS=_LENGTH_BLOCKS.columns,
+        blocks=_LENGTH_BLOCKS,
+    )
+    first: Side | None = "left" if side == "both" else side
+    tangent: dict[str, Any] = {"kind": "tangent", "numbers": numbers, "params": params}
+    lows = _project_all(grads, lefts, first, wide, DOT[kind], finite=finite, **tangent)
+    if side == "both":
+        lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=finite)
+    if isinstance(moments, Codes):
+        updates = _coded_updates(lows, moments, steps, hyper, False, finite, corrections)
+    else:
+        updates = _updates(lows, moments, steps, hyper, False, finite, corrections)
+    if side == "both":
+        updates, lefts, side = _left(updates, lefts, finite), rights, "right"
+    _apply_all(weights, updates, lefts, replace(hyper, weight_decay=0.0), side, lengths=numbers)
 
 
 def compressed_adafactor_(
-    params: list[Tensor],
+    weights: Weights,
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     row_averages: list[Tensor],
     column_averages: list[Tensor],
-    previous: list[Tensor],
-    bases: list[Tensor],
+    previous: Sequence[Tensor],
+    bases: Sequence[Tensor],
     carried: list[bool],
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
+    hyper: Hyper,
     decay_rate: float,
     clip_threshold: float,
-    weight_decay: float,
-    scale: float,
     side: Side | None,
-    transform: str,
-    finite: Tensor | None = None,
 ) -> None:
     """The whole step of rules.CompressedAdafactor for a bucket, without a temporary as large as a matrix.
 
     G is read for the sums of squares of its rows and columns, for the length of D, for the write of W and for the
     projection of U; back(momentum) is formed for both of the middle ones.
     """
+    params, beta1 = weights.params, hyper.betas[0]
     count, (m, n) = len(params), params[0].shape
     kind = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
     grads = [grad.to(kind).contiguous() for grad in grads]
@@ -813,20 +737,20 @@ def compressed_adafactor_(
     between = sum(basis.numel() for basis in bases) // count if side == "both" else 0
     sums = m * triton.cdiv(n, _SQUARE_BLOCKS.columns) + n * triton.cdiv(m, _SQUARE_BLOCKS.rows)
     part = max(1, _WORKSPACE // (4 * (between + sums)))
-    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as own:
+    with reference.contiguous(params, exp_avgs, row_averages, column_averages) as (w, *own):
+        whole = weights._replace(params=w)
         for at in (slice(start, start + part) for start in range(0, count, part)):
-            w, momenta, rows, columns, g, k = (column[at] for column in (*own, grads, steps))
+            some, (momenta, rows, columns, g) = whole.part(at), (column[at] for column in (*own, grads))
             old, new = (part_of(q, count, at) for q in (previous, bases))
-            some, rates = None if finite is None else finite[at], lr[at] if lr.ndim else lr
-            numbers = _normalisers(g, rows, columns, k, decay_rate, some)
-            blended = (w, g, momenta, old, k, seeds[at], numbers, rates, beta1, clip_threshold, weight_decay, scale)
-            _blend(*blended, side, transform, some)
+            numbers = _normalisers(g, rows, columns, some.steps, decay_rate, some.finite)
+            _blend(some, g, momenta, old, numbers, hyper.part(at), clip_threshold, side)
             past = reference.moved(momenta, old, new, side, carried[at], project)
-            how: dict[str, Any] = {"betas": (beta1, 0.0), "finite": some}
+            how: dict[str, Any] = {"hyper": Hyper(betas=(beta1, 0.0)), "finite": some.finite}
             update: dict[str, Any] = {"kind": "normalised", "numbers": numbers}
             if side == "both":
-                g = _project_all(g, new[: len(w)], "left", torch.float32, _normalised_dot(kind), finite=some, **update)
-                new, update, kind = new[len(w) :], {}, torch.float32
+                lefts, dot = new[: len(g)], _normalised_dot(kind)
+                g = _project_all(g, lefts, "left", torch.float32, dot, finite=some.finite, **update)
+                new, update, kind = new[len(g) :], {}, torch.float32
             last: Side | None = "right" if side == "both" else side
             _project_all(g, new, last, torch.float32, _normalised_dot(kind), average=(momenta, past), **how, **update)
 
@@ -847,7 +771,7 @@ def _normalisers(
     """What the rows and columns of every G are multiplied by to be U, (count, m + n); steps and averages advance."""
     count, (m, n), shape = len(grads), grads[0].shape, _SQUARE_BLOCKS
     table = _table(grads, grads, (), row_averages, (), steps, (), _addresses(column_averages))
-    _advanced(table, count, 0.0, 0.0, finite)
+    _advanced(table, count, (0.0, 0.0), finite)
     sums = _squares(table, grads, finite)
     numbers = torch.empty((count, m + n), dtype=torch.float32, device=grads[0].device)
     lines = (triton.cdiv(max(m, n), _BLOCK), count)
@@ -858,23 +782,17 @@ def _normalisers(
 
 
 def _blend(
-    params: Sequence[Tensor],
+    weights: Weights,
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
-    bases: list[Tensor],
-    steps: Sequence[Tensor],
-    seeds: Seeds,
+    bases: Sequence[Tensor],
     numbers: Tensor,
-    lr: Tensor,
-    beta1: float,
+    hyper: Hyper,
     threshold: float,
-    weight_decay: float,
-    scale: float,
     side: Side | None,
-    transform: str,
-    finite: Tensor | None,
 ) -> None:
     """W takes its step along D."""
+    params, steps, seeds, _, finite = weights
     dot, count, (m, n), device = _normalised_dot(params[0].dtype), len(params), params[0].shape, params[0].device
     if side == "both":
         momenta, bases, side = _left(momenta, bases[:count], finite), bases[count:], "right"
@@ -884,14 +802,15 @@ def _blend(
     tiles = triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns)
     squares, clips = (torch.empty((count, size), dtype=torch.float32, device=device) for size in (tiles, 1))
     kept = torch.zeros(count, dtype=torch.int64, device=device)
-    rate, mode = _learning_rate(lr)
+    rate, mode = _learning_rate(hyper.lr)
+    rates = (hyper.betas[0], hyper.weight_decay, hyper.scale)
     for measure in (True, False):
         _launch(
             kernels.blend,
             (tiles, count),
             table,
             finite,
-            *(numbers, squares, kept, clips, rate, m, n, bases[0].shape[-1], beta1, weight_decay, scale),
+            *(numbers, squares, kept, clips, rate, m, n, bases[0].shape[-1], *rates),
             W=_TYPES[params[0].dtype],
             G=_TYPES[grads[0].dtype],
             Q=_TYPES[bases[0].dtype],
@@ -899,14 +818,14 @@ def _blend(
             LR=mode,
             DOT=dot,
             LEFT=side == "left",
-            TRANSFORM=transform,
+            TRANSFORM=hyper.transform,
             MEASURE=measure,
             NOISE=_noise_mode(params, seeds, n),
             **_tile(shape),
         )
         if measure:
             own = (squares, finite, kept, clips, m, n, tiles, threshold)
-            _start(kernels.clip, (1, count), *own, TRANSFORM=transform, BLOCK=_BLOCK)
+            _start(kernels.clip, (1, count), *own, TRANSFORM=hyper.transform, BLOCK=_BLOCK)
 
 
 def encode_(
@@ -980,115 +899,79 @@ def _coded_noise(length: int, begin: int) -> int:
     return 8 if length % 8 == 0 and begin % 8 == 0 else 1
 
 
-def coded_adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    steps: list[Tensor],
-    seeds: Seeds,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    transform: str,
-    eps_inside: bool = False,
-    finite: Tensor | None = None,
-) -> None:
+def coded_adam_(weights: Weights, grads: list[Tensor], codes: Codes, hyper: Hyper, eps_inside: bool = False) -> None:
     """See the reference; Adam rounds otherwise in the last bit, so that a code in 10,000 is the one beside it."""
-    own = (params, grads, codes, scales, tables, streams, axis, begin, steps)
-    adam = (beta1, beta2, eps)
-    if not _fits(params, grads, steps, reference.rests(seeds)):
-        reference.coded_adam_(*own, seeds, lr, *adam, weight_decay, scale, transform, eps_inside, finite)
+    if not _fits(weights.params, grads, weights.steps, reference.rests(weights.seeds)):
+        reference.coded_adam_(weights, grads, codes, hyper, eps_inside)
         return
-    torch.autograd.graph.increment_version(params)
-    _step_coded(*own, *adam, transform, eps_inside, finite, None, seeds, lr, weight_decay, scale)
+    torch.autograd.graph.increment_version(weights.params)
+    _step_coded(weights, grads, codes, hyper, eps_inside, write=True)
 
 
 def coded_adam_update_(
     lows: list[Tensor],
-    codes: list[Tensor],
-    scales: list[Tensor],
-    tables: list[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
+    codes: Codes,
     steps: list[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str = "none",
+    hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
 ) -> list[Tensor]:
     """N as coded_adam_ would apply it."""
-    own = (codes, scales, tables, streams, axis, begin, steps, beta1, beta2, eps, transform, eps_inside, finite)
-    return _coded_updates(lows, *own)
+    return _coded_updates(lows, codes, steps, hyper, eps_inside, finite)
 
 
-def _coded_updates(lows: Sequence[Tensor], *how: Any) -> list[Tensor]:
-    """N; `how` is as for _step_coded."""
-    lows = [low.contiguous() for low in lows]
-    out = torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind()
-    _step_coded(out, lows, *how)
-    return list(out)
-
-
-def _step_coded(
-    out: Sequence[Tensor],
-    source: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    streams: Sequence[int],
-    axis: int,
-    begin: int,
-    steps: Sequence[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    transform: str,
+def _coded_updates(
+    lows: Sequence[Tensor],
+    codes: Codes,
+    steps: list[Tensor],
+    hyper: Hyper,
     eps_inside: bool,
     finite: Tensor | None,
     corrections: Tensor | None = None,
-    seeds: Seeds = (),
-    lr: Tensor | None = None,
-    weight_decay: float = 0.0,
-    scale: float = 0.0,
+) -> list[Tensor]:
+    lows = [low.contiguous() for low in lows]
+    out = list(torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind())
+    _step_coded(Weights(out, steps, finite=finite), lows, codes, hyper, eps_inside, corrections)
+    return out
+
+
+def _step_coded(
+    weights: Weights,
+    source: Sequence[Tensor],
+    codes: Codes,
+    hyper: Hyper,
+    eps_inside: bool,
+    corrections: Tensor | None = None,
+    write: bool = False,
 ) -> None:
-    """W into `out` with a learning rate, without one N; without corrections, the steps advance."""
-    first, second = codes[: len(out)], codes[len(out) :]
-    table = _table(out, source, first, second, (), steps, seeds, [*_addresses(scales), *streams])
+    """W where it is to be written, otherwise N in its place; without corrections, the steps advance."""
+    out, steps, seeds, _, finite = weights
+    first, second = codes.codes[: len(out)], codes.codes[len(out) :]
+    table = _table(out, source, first, second, (), steps, seeds, [*_addresses(codes.scales), *codes.streams])
     if corrections is None:
-        corrections = _advanced(table, len(out), beta1, beta2, finite)
-    cautious = transform == "cautious"
-    rate, mode = (0.0, -1) if lr is None else _learning_rate(lr)
-    tensors = [reference.rows(tensor, axis) for tensor in (out[0], codes[0], scales[0])]
-    (count, length), shape = tensors[0].shape, _coded_blocks(out[0].shape[axis])
+        corrections = _advanced(table, len(out), hyper.betas, finite)
+    cautious, tables = hyper.transform == "cautious", codes.tables
+    rate, mode = _learning_rate(hyper.lr) if write else (0.0, -1)
+    tensors = [reference.rows(tensor, codes.axis) for tensor in (out[0], codes.codes[0], codes.scales[0])]
+    (count, length), shape = tensors[0].shape, _coded_blocks(out[0].shape[codes.axis])
     for kept, counts in _counting(cautious, out):
         _launch(
             kernels.coded_adam,
             (triton.cdiv(count, shape["ROWS"]) * triton.cdiv(length, shape["BLOCK"]), len(out)),
             table,
             finite,
-            *(corrections, kept, rate, *tables, begin, count, length, *_strides(tensors)),
-            *(*_moment_scalars(beta1, beta2, eps), weight_decay, scale),
+            *(corrections, kept, rate, *tables, codes.begin, count, length, *_strides(tensors)),
+            *(*_moment_scalars(hyper), hyper.weight_decay, hyper.scale),
             OUT=_TYPES[out[0].dtype],
             IN=_TYPES[source[0].dtype],
             ALIGN=table.align,
             LR=mode,
             COUNT=counts,
-            APPLY=lr is not None,
-            GRAMS=transform == "grams",
+            APPLY=write,
+            GRAMS=hyper.transform == "grams",
             CAUTIOUS=cautious,
             EPS_INSIDE=eps_inside,
-            NOISE=_coded_noise(length, begin),
+            NOISE=_coded_noise(length, codes.begin),
             ROUND=_noise_mode(out, seeds),
             SIGNED_LAST=len(tables[0]) - 2,
             UNSIGNED_LAST=len(tables[1]) - 2,

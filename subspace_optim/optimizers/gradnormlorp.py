@@ -115,4 +115,4 @@ class _OfficialWeightNormAdam(WeightNormAdam):
             v.sub_(kernel.back(update, bucket.bases[i], plan.side), alpha=lr * hyper.scale).mul_(decay)
             length = norm.sub(growth.unsqueeze(-1), alpha=lr).mul_(decay)
             stepped = length * v / plan.sharding.norm(v, (0, 1), (-1,), keepdim=True)
-            kernel.write_(param, stepped, state["step"], bucket.seeds[i] if bucket.seeds else None)
+            kernel.write_(bucket.weights.part(slice(i, i + 1)), [stepped])
