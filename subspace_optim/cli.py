@@ -53,6 +53,27 @@ def _rank(text: str) -> int | float:
 _rank.__name__ = "rank"  # argparse names the type in its message
 
 
+def _contender(text: str) -> tuple[str, dict[str, Any]]:
+    """What `compare` calls a run, and the options that are the run's own: galore,lr=0.01,betas=0.9:0.95."""
+    name, *pairs = text.split(",")
+    parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    _add_update_options(parser)
+    _add_seed(parser)
+    words = []
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not (key and sign and value):
+            raise UserError(f"compare {text}: {pair!r} is no option=value, such as lr=0.001")
+        words += [f"--{key.replace('_', '-')}", *value.split(":")]
+    try:
+        own = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(
+            f"compare {text}: {error}; options of a run's own are those of its optimizer, and seed"
+        ) from None
+    return ",".join([key_of(name), *pairs]), {"optimizer": key_of(name), **own}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="subspace-optim",
@@ -109,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="pretrain under several optimizers and set them side by side",
         description="Pretrain the same model on the same data from the same start under each optimizer, and end with "
-        "one table and one picture. Called again after an interruption, it keeps what is finished.",
+        "one table and one picture. Called again after an interruption, it keeps what is finished. A name may bring "
+        "options of its own: compare adamw,lr=0.0003 galore,scale=0.03 galore,scale=0.1 --dense-lr 0.01",
         epilog=EXIT_CODES,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -117,9 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument(
         "optimizers",
         nargs="+",
-        type=key_of,
-        metavar="NAME",
-        help="adamw galore flora osd gradnormlorp grams apollo, or grid cells",
+        type=_contender,
+        metavar="NAME[,OPTION=VALUE...]",
+        help="adamw galore flora osd gradnormlorp grams apollo, or grid cells; with options of the optimizer, or seed, "
+        "that are the run's own",
     )
     _add_run_options(many)
     where = many.add_argument_group("results")
@@ -254,7 +277,28 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence")
 
-    update = parser.add_argument_group("optimization (defaults by optimizer and size, from the papers)")
+    _add_update_options(parser.add_argument_group("optimization (defaults by optimizer and size, from the papers)"))
+
+    budget = parser.add_argument_group("budget")
+    budget.add_argument("--batch-size", type=int, metavar="N", help="sequences in a micro-batch, of all ranks")
+    budget.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
+    budget.add_argument("--steps", type=int, metavar="N", help="updates")
+    budget.add_argument("--tokens", type=int, metavar="N", help="training tokens, in place of --steps")
+    budget.add_argument("--eval-every", type=int, metavar="N", help="steps between measurements of the perplexity")
+    budget.add_argument("--eval-tokens", type=int, metavar="N", help="held-out tokens it is measured on")
+    budget.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    budget.add_argument("--keep", type=int, metavar="N", help="checkpoints to keep (default: 2)")
+    budget.add_argument(
+        "--watch", type=int, metavar="N", help="steps between looks at what each layer's subspace captures; 0: none"
+    )
+    _add_seed(budget)
+
+    show = parser.add_argument_group("display")
+    show.add_argument("--quiet", action="store_true", help="only the results and what went wrong")
+    show.add_argument("--plain", action="store_true", help="lines instead of the live display")
+
+
+def _add_update_options(update: argparse._ActionsContainer) -> None:
     _add_projection_options(update)
     update.add_argument("--update-proj-gap", type=int, metavar="N", help="steps between refreshes of the projection")
     update.add_argument("--scale", type=float, metavar="X", help="of the projected update")
@@ -269,25 +313,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     update.add_argument("--warmup", type=int, metavar="N", help="steps to the highest learning rate (default: a tenth)")
     update.add_argument("--min-lr-ratio", type=float, metavar="X", help="where the cosine ends (default: 0.1)")
 
-    budget = parser.add_argument_group("budget")
-    budget.add_argument("--batch-size", type=int, metavar="N", help="sequences in a micro-batch, of all ranks")
-    budget.add_argument("--accumulate", type=int, metavar="N", help="micro-batches in an update")
-    budget.add_argument("--steps", type=int, metavar="N", help="updates")
-    budget.add_argument("--tokens", type=int, metavar="N", help="training tokens, in place of --steps")
-    budget.add_argument("--eval-every", type=int, metavar="N", help="steps between measurements of the perplexity")
-    budget.add_argument("--eval-tokens", type=int, metavar="N", help="held-out tokens it is measured on")
-    budget.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
-    budget.add_argument("--keep", type=int, metavar="N", help="checkpoints to keep (default: 2)")
-    budget.add_argument(
-        "--watch", type=int, metavar="N", help="steps between looks at what each layer's subspace captures; 0: none"
-    )
-    budget.add_argument(
+
+def _add_seed(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--seed", type=int, metavar="N", help="of the weights, the data order and the optimizer (default: 0)"
     )
-
-    show = parser.add_argument_group("display")
-    show.add_argument("--quiet", action="store_true", help="only the results and what went wrong")
-    show.add_argument("--plain", action="store_true", help="lines instead of the live display")
 
 
 class _Pair(argparse.Action):

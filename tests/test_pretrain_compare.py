@@ -96,8 +96,37 @@ def test_names_are_checked_first(tmp_path, corpus, capsys):
 
 def test_options_of_projections_are_kept_from_the_dense_ones():
     given = {"rank": 4, "embedding_rank": 4, "layerwise": "hooks", "lr": 0.1}
-    assert compare._options_for("AdamW", given) == {"optimizer": "AdamW", "lr": 0.1}
-    assert compare._options_for("svd+adam", given) == {"optimizer": "svd+adam", **given}
+    assert compare._options_of({"optimizer": "adamw"}, given) == {"optimizer": "adamw", "lr": 0.1}
+    assert compare._options_of({"optimizer": "svd+adam"}, given) == {"optimizer": "svd+adam", **given}
+
+
+def test_a_run_may_have_options_of_its_own(tmp_path, corpus):
+    """One optimizer at several rates; what all have does not reach where a run says otherwise."""
+    out, names = tmp_path / "out", ["adamw,lr=0.002", "galore,scale=0.1,seed=3", "galore,betas=0.8:0.9"]
+    common = ["--data", str(corpus), "--out", str(out), "--quiet", *MODEL, *BUDGET, *PROJECTED, "--steps", "2"]
+    assert main(["compare", *names, *common, "--seed", "1"]) == 0
+    found = json.loads((out / "compare.json").read_text())["runs"]
+    assert list(found) == names
+    one, two, three = (report["config"] for report in found.values())
+    assert (one["optimizer"], one["lr"], one["rank"], one["seed"]) == ("adamw", 0.002, None, 1)
+    assert (two["optimizer"], two["scale"], two["seed"]) == ("galore", 0.1, 3)
+    assert (three["scale"], three["betas"], three["seed"]) == (0.25, [0.8, 0.9], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adamw,lr", ("'lr'", "lr=0.001")),
+        ("adamw,lr=fast", ("adamw,lr=fast", "--lr", "fast")),
+        ("adamw,layers=3", ("adamw,layers=3", "--layers", "its optimizer, and seed")),
+        ("adamw,scale=2", ("scale",)),
+        ("galore,betas=0.9", ("--betas",)),
+        ("galoer,lr=1", ("galoer", "galore")),
+    ],
+)
+def test_options_of_its_own_are_checked_first(tmp_path, capsys, name, words):
+    refused(capsys, ["compare", "adamw", name, "--out", str(tmp_path / "out")], *words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["{}", '{"config": 3}', '{"config": {"lr": 1}}'])

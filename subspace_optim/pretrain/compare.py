@@ -26,7 +26,7 @@ def compare(given: Mapping[str, Any]) -> int:
     """Train under each optimizer, in a process of its own so that peak memory is its own, and compare.
 
     Args:
-        given: The options that were named, and nothing else.
+        given: The options that were named, and nothing else; "optimizers" are runs, each a label and its own options.
 
     Returns:
         The exit code: 0, or that of the run that did not finish.
@@ -37,55 +37,57 @@ def compare(given: Mapping[str, Any]) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("compare: starts its runs one after another, in one process each; call it without torchrun")
     options = dict(given)
-    names = options.pop("optimizers")
+    named = options.pop("optimizers")
     display = Display(quiet=options.get("quiet", False), plain=options.get("plain", False))
     out = path_of("--out", options.pop("out", f"{RUNS}/compare-{Path(options.get('model', 'tiny')).stem}"))
     overwrite = options.pop("overwrite", False)
-    again = next((name for name in names if names.count(name) > 1), None)
+    labels = [label for label, _ in named]
+    again = next((label for label in labels if labels.count(label) > 1), None)
     if again is not None:
         raise UserError(f"compare {again}: is named twice")
 
     shown: dict[str, Any] = {key: options.pop(key) for key in ("quiet", "plain") if key in options}
     options = settle(options)
-    configs = {name: resolve(_options_for(name, options)) for name in names}
+    runs = {label: _options_of(own, options) for label, own in named}
+    configs = {label: resolve(run) for label, run in runs.items()}
     for config in configs.values():
         check(config)
     if holds_run(out):
         raise UserError(
             f"--out {out}: holds a run of pretrain, and a comparison is a folder of runs; choose another --out"
         )
-    for name, config in configs.items():
-        if holds_run(out / name) and not _belongs(out / name, config):
+    for label, config in configs.items():
+        if holds_run(out / label) and not _belongs(out / label, config):
             if not overwrite:
                 raise UserError(
-                    f"--out {out}: holds a run of {name} with other options; start again with --overwrite, "
+                    f"--out {out}: holds a run of {label} with other options; start again with --overwrite, "
                     "or choose another --out"
                 )
-            clear(out / name)
+            clear(out / label)
 
     reports = {}
-    for name in names:
-        report = read_report(out / name)
+    for label, run in runs.items():
+        report = read_report(out / label)
         if report is None:
-            display.info(f"── {name} ──")
-            code = _train(out / name, {**_options_for(name, options), **shown})
+            display.info(f"── {label} ──")
+            code = _train(out / label, {**run, **shown})
             if code != 0:
-                _explain(code, name, display)
+                _explain(code, label, display)
                 return code
-            report = read_report(out / name)
+            report = read_report(out / label)
         else:
-            display.info(f"── {name}: finished before, kept ──")
+            display.info(f"── {label}: finished before, kept ──")
         if report is None:
-            raise UserError(f"--out {out / name}: its report.json cannot be read; start again with --overwrite")
-        reports[name] = report
+            raise UserError(f"--out {out / label}: its report.json cannot be read; start again with --overwrite")
+        reports[label] = report
     _conclude(out, reports, display)
     return 0
 
 
-def _options_for(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of one run: those of projections are kept from the dense ones."""
-    left_out = () if projects(name) else _OF_PROJECTIONS
-    return {"optimizer": name} | {key: value for key, value in options.items() if key not in left_out}
+def _options_of(own: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one run: those of projections are kept from the dense ones; its own go before those of all."""
+    left_out = () if projects(own["optimizer"]) else _OF_PROJECTIONS
+    return {key: value for key, value in options.items() if key not in left_out} | dict(own)
 
 
 def _belongs(folder: Path, config: RunConfig) -> bool:
