@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
+from itertools import compress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -344,6 +346,7 @@ class StatefulOptimizer(Optimizer):
             for match in matches:
                 self._check_loaded(match)
                 self._check_method(match, incoming.get("method", {}))
+            self._check_finite(matches)
             states.update((match.param, self._adopted(match)) for match in matches)
             return {**incoming, "state": {}}  # torch would cast it to the dtype of the parameters
 
@@ -423,7 +426,20 @@ class StatefulOptimizer(Optimizer):
                     f"{match.name}: the checkpoint's {key} is {given}, but a parameter of shape "
                     f"{tuple(match.param.shape)} needs {needed}; load it into the model and groups that wrote it"
                 )
-            if shape is not None and not distributed.local(match.saved[key]).isfinite().all():
+
+    @staticmethod
+    def _check_finite(matches: list[_Match]) -> None:
+        """Refuse state with NaN or infinity; what one rank has of it is refused by all, who would wait for that one."""
+        keys = [[key for key, (shape, _) in match.wanted.items() if shape is not None] for match in matches]
+        parts = []
+        for match, own in zip(matches, keys, strict=True):
+            mesh = match.plan.sharding.mesh
+            broken = [not bool(distributed.local(match.saved[key]).isfinite().all()) for key in own]
+            flags = torch.tensor(broken, dtype=torch.int32, device="cpu" if mesh is None else mesh.device_type)
+            parts.append((match.plan.sharding, [] if mesh is None else list(range(mesh.ndim)), flags))
+        for match, own, flags in zip(matches, keys, distributed.together(dist.ReduceOp.MAX, parts), strict=True):
+            key = next(compress(own, flags.tolist()), None)
+            if key is not None:
                 raise ValueError(f"{match.name}: the checkpoint's {key} is not finite; take an earlier checkpoint")
 
     def _check_method(self, match: _Match, saved: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 One launch runs every world size, one after the other, because starting a process costs more than all of its cases.
 """
 
+import math
 import os
 import sys
 from dataclasses import replace
@@ -456,6 +457,14 @@ def refusals(meshes):
     attempt("copies", lambda: so.project_in_backward(copies, optimizer("galore", copies), linear=True))
     attempt("average", lambda: so.average_gradients(opt))
     attempt("blocks", so.GaLore([("table", table)], rank=None, state_bits=8).step)
+
+    rows = nn.Parameter(distribute_tensor(noise(0, (8, 6)), mesh, [Shard(0)], src_data_rank=None))
+    rows.grad = rows.detach().clone()
+    opt = so.GaLore([("rows", rows)], rank=2)
+    opt.step()
+    if dist.get_rank() == 1:  # and rank 0 says it
+        opt.state[rows]["exp_avg"].to_local().fill_(math.nan)
+    attempt("broken", lambda: opt.load_state_dict(opt.state_dict()))
     return said
 
 

@@ -360,6 +360,7 @@ def test_groups_of_shards_are_refused_with_the_mend(results, what, message):
         ("copies", r"linear=True: 0.weight has the placements \(Replicate\(\),\); leave linear out"),
         ("average", r"average_gradients: 0.weight lies on .* holds ranks \[1\] of it"),
         ("blocks", "table is cut along its last dimension.*state_bits=8.*state_bits=32"),
+        ("broken", "rows: the checkpoint's exp_avg is not finite; take an earlier checkpoint"),
     ],
 )
 def test_what_cannot_be_stepped_is_refused_with_the_mend(results, what, message):
