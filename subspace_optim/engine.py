@@ -169,7 +169,7 @@ class SubspaceOptimizer(StatefulOptimizer):
         self.backend = backend
         self._skips, self._seats, self._places = {}, {}, {}
         self.lows: dict[Tensor, list[Tensor]] = {}
-        if backend != "auto" and backend not in select.IMPLS:
+        if backend not in ("auto", *select.IMPLS):
             raise ValueError(f"{where}: backend={backend!r} must be one of auto, {', '.join(select.IMPLS)}")
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -410,8 +410,14 @@ class SubspaceOptimizer(StatefulOptimizer):
             ValueError: `max_norm` is out of range.
             TypeError: a gradient is sparse.
         """
-        positive = isinstance(max_norm, Real | Tensor) and max_norm > 0
-        demand(bool(positive), "clip_grad_norm_", "max_norm", max_norm, "> 0; math.inf only measures")
+        one = isinstance(max_norm, Real) or (isinstance(max_norm, Tensor) and max_norm.numel() == 1)
+        demand(
+            one and bool(max_norm > 0),
+            "clip_grad_norm_",
+            "max_norm",
+            max_norm,
+            "one number > 0; math.inf only measures",
+        )
         everything = [(index, param) for _, index, _, param in self._positions()]
         self.project_gradients(everything)
         alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}

@@ -59,10 +59,12 @@ def canonical(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Numpy's numbers as Python's, Hydra's lists as tuples, as the default `torch.load` wants; others as they are."""
+    """Numpy's numbers and fractions as Python's, Hydra's lists as tuples, as the default `torch.load` wants."""
     if isinstance(value, Sequence) and not isinstance(value, str | list):
         return tuple(map(plain, value))
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+    if isinstance(value, Number) and hasattr(value, "item"):
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, int | float) else value
 
 
 def demand(ok: bool, where: str, key: str, value: object, wanted: str) -> None:

@@ -334,7 +334,13 @@ class StatefulOptimizer(Optimizer):
             ValueError: the state is of another optimizer, rule, rank or model, or of no parameter; or its parameters,
                 by their names, come in another order; or an option of a group is out of range. Nothing has been changed
                 then.
+            TypeError: it is no dict.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                "load_state_dict needs what state_dict() of an optimizer gave, a dict of 'state' and 'param_groups', "
+                f"not {type(state_dict).__name__}"
+            )
         states: dict[Tensor, State] = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:

@@ -394,9 +394,9 @@ def test_clipping_works_where_whole_gradients_are_needed(method):
     assert not opt.lows
 
 
-@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan, torch.ones(2), "1"])
 def test_a_bad_norm_is_refused(norm):
-    with pytest.raises(ValueError, match=r"max_norm=.* must be > 0; math.inf only measures"):
+    with pytest.raises(ValueError, match=r"max_norm=.* must be one number > 0; math.inf only measures"):
         galore(mlp()).clip_grad_norm_(norm)
 
 

@@ -127,6 +127,18 @@ def test_a_kill_at_any_instant_leaves_a_good_checkpoint(tmp_path):
     assert not list((tmp_path / checkpoint.FOLDER).glob(".partial-*"))
 
 
+def test_a_checkpoint_that_a_person_keeps_under_a_name_stays(tmp_path):
+    """And takes no place of those that --keep counts."""
+    save(tmp_path, 5)
+    kept = tmp_path / checkpoint.FOLDER / "step-00000005-best"
+    shutil.copytree(kept.with_name("step-00000005"), kept)
+    for step in (6, 7, 8):
+        save(tmp_path, step, keep=2)
+    assert steps_saved(tmp_path) == [8, 7] and (kept / "state.pt").exists()
+    assert checkpoint.load_newest(tmp_path, pytest.fail)[1]["step"] == 8
+    assert checkpoint.load_newest(kept, pytest.fail)[1]["step"] == 5
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     save(tmp_path, 5)
     with files_up_to(2000), pytest.raises(UserError, match=r"--out .*no room to write .*earlier checkpoints are safe"):

@@ -151,6 +151,8 @@ REFUSED = [
     (["--rank", "1.5"], "--rank 1.5", "fraction"),
     (["--rank", "256"], "--rank 256", "lower rank"),
     (["--rank", "many"], "--rank", "many"),
+    (["--embedding-rank", "256"], "--embedding-rank 256", "lower rank"),
+    (["--seq-len", "1000000000"], "--seq-len 1000000000", "at most 1048576"),
     (["--optimizer", "galor"], "--optimizer galor", "galore"),
     (["--optimizer", "svd+lyon"], "--optimizer svd+lyon", "lion"),
     (["--optimizer", "adamw", "--rank", "4"], "--rank 4", "adamw", "leave"),

@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections import UserList
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -478,7 +479,7 @@ BAD_PARTS = {
     "proj='rnd' must be one of random, svd": lambda p: so.APOLLO(p, proj="rnd"),
     "scale_type='row' must be one of channel, tensor": lambda p: so.APOLLO(p, scale_type="row"),
     "growth=0 must be a number > 0 or None": lambda p: so.APOLLO(p, growth=0),
-    "max_norm=None must be > 0": lambda p: so.GaLore(p).clip_grad_norm_(None),
+    "max_norm=None must be one number > 0": lambda p: so.GaLore(p).clip_grad_norm_(None),
 }
 
 
@@ -549,8 +550,9 @@ def test_a_bad_group_is_refused():
 
 @pytest.mark.parametrize("cls", [*FIVE.values(), so.SubspaceOptimizer])
 def test_a_backend_that_does_not_exist_is_refused(cls):
-    with pytest.raises(ValueError, match=r"backend='metal' must be one of auto, cuda, .*reference"):
-        cls([weight()], backend="metal")
+    for wrong in ("metal", ["native"]):
+        with pytest.raises(ValueError, match=r"backend=.* must be one of auto, cuda, .*reference"):
+            cls([weight()], backend=wrong)
 
 
 @by_name
@@ -575,7 +577,7 @@ def test_numpy_numbers_are_numbers():
     """And leave none of their own in a checkpoint, which the default torch.load would refuse."""
     options = {"rank": numpy.int64(2), "lr": numpy.float32(0.1), "betas": (numpy.float64(0.5), numpy.float32(0.5))}
     params = net(names=("tall",))
-    opt = so.GaLore(params.values(), **options, weight_decay=numpy.float16(0))
+    opt = so.GaLore(params.values(), **options, weight_decay=numpy.float16(0), scale=Fraction(1, 4))
     for lambda_lr in (lambda _: numpy.float64(0.5), lambda _: numpy.float32(0.5)):
         schedule = lr_scheduler.LambdaLR(opt, lambda_lr)
         train(params, opt, range(2))
@@ -585,7 +587,14 @@ def test_numpy_numbers_are_numbers():
         torch.save(opt.state_dict(), file)
         file.seek(0)
         opt.load_state_dict(torch.load(file))
-        assert type(opt.param_groups[0]["lr"]) is float
+        assert type(opt.param_groups[0]["lr"]) is type(opt.param_groups[0]["scale"]) is float
+
+
+@pytest.mark.parametrize("wrong", [None, [], "checkpoint.pt"])
+def test_what_is_no_state_dict_is_refused(wrong):
+    opt = so.GaLore([weight()], rank=RANK)
+    with pytest.raises(TypeError, match=f"load_state_dict needs what state_dict.. .*, not {type(wrong).__name__}"):
+        opt.load_state_dict(wrong)
 
 
 def test_a_list_of_hydras_is_a_list():

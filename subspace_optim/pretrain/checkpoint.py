@@ -85,18 +85,22 @@ def save(run: Path, step: int, state: dict[str, Any], facts: dict[str, Any], kee
 
 
 def checkpoints(run: Path) -> Iterator[Path]:
-    """The checkpoints of a run, newest first.
+    """The checkpoints of a run, newest first; a folder that a person has named is none.
 
     Args:
         run: The directory of the run.
     """
-    yield from sorted((run / FOLDER).glob(f"{_PREFIX}*"), reverse=True)
+    yield from sorted((path for path in (run / FOLDER).glob(f"{_PREFIX}*") if _digits(path).isdecimal()), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps done at a checkpoint, by its name."""
-    digits = checkpoint.name.removeprefix(_PREFIX)
-    return int(digits) if digits.isdigit() else 0
+    """Steps done at a checkpoint, by its name; 0 where that does not tell."""
+    digits = _digits(checkpoint)
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _digits(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix(_PREFIX)
 
 
 def facts_of(checkpoint: Path) -> dict[str, Any] | None:

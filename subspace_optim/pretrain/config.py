@@ -253,6 +253,12 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
                 f"--rank {values['rank']}: is not below the model's smallest dimension, {narrow}, so nothing would be "
                 "projected; choose a lower rank, or --optimizer adamw"
             )
+        narrow = min(values["hidden"], values.get("vocab_size", values["hidden"]))
+        if (values.get("embedding_rank") or 0) >= narrow:
+            raise UserError(
+                f"--embedding-rank {values['embedding_rank']}: is not below {narrow}, the smaller dimension of the "
+                "embedding, so it would not be projected; choose a lower rank, or leave it out"
+            )
     else:
         for key in ("rank", "embedding_rank", "update_proj_gap", "scale"):
             if key in given:
@@ -297,6 +303,7 @@ _AT_LEAST_ONE = (
     "tokens", "steps", "batch_size", "accumulate", "seq_len", "hidden", "intermediate", "heads", "layers",
     "update_proj_gap", "eval_every", "eval_tokens", "save_every", "keep",
 )  # fmt: skip
+_OF_TENSORS = ("batch_size", "seq_len", "hidden", "intermediate", "vocab_size")  # their bytes stay below 2⁶³
 _LARGEST = 1e12  # products of two or three stay within float32
 _NOT_NEGATIVE = ("weight_decay", "clip", "warmup", "seed", "watch")
 
@@ -328,6 +335,9 @@ def check_values(values: Mapping[str, Any]) -> None:
             raise UserError(f"{flag(key)} {value}: must be at most {_LARGEST:g}")
         if isinstance(value, int) and value >= 2**63:
             raise UserError(f"{flag(key)} {value}: must be below 2**63")
+    for key in _OF_TENSORS:
+        if key in values and values[key] > 2**20:
+            raise UserError(f"{flag(key)} {values[key]}: must be at most {2**20}")
     if "vocab_size" in values and values["vocab_size"] < 257:
         raise UserError(f"--vocab-size {values['vocab_size']}: must be at least 257 (256 bytes and the end of text)")
     if "min_lr_ratio" in values and not 0 <= values["min_lr_ratio"] <= 1:
