@@ -18,7 +18,10 @@ ADAM = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
 
 def made(folder, settings=None, **options):
     args = arguments(folder, **ADAM, **settings or {})
-    return trainer(args, (SubspaceFactory, {"training_args": args, **options}))
+    options = {"training_args": args, **options}
+    made = trainer(args, (SubspaceFactory, options))
+    options["model"] = made.model  # which transformers 4 needs
+    return made
 
 
 def test_a_run_of_the_factory_resumes_bit_for_bit(tmp_path):
@@ -120,8 +123,19 @@ def test_axolotls_learning_rates_of_modules_are_not_dropped(tmp_path, field):
         SubspaceFactory()(llama(), args, rank=4)
 
 
+def test_transformers_4_calls_the_class(tmp_path):
+    """With the model, where that is among the options, and otherwise with groups of parameters."""
+    args, model = arguments(tmp_path, **ADAM), llama()
+    one, two = SubspaceFactory(model, training_args=args, rank=4), SubspaceFactory()(model, args, rank=4)
+    assert type(one) is so.GaLore and one.param_groups == two.param_groups
+    with pytest.raises(TypeError, match=r'handed groups of parameters.* needs the model; add "model": model'):
+        SubspaceFactory([{"params": list(model.parameters())}], training_args=args)
+
+
 def test_settings_that_would_be_dropped_are_an_error(tmp_path):
-    run = trainer(arguments(tmp_path), (SubspaceFactory, {"rank": 4, "lr": 0.01}))
+    options = {"rank": 4, "lr": 0.01}
+    run = trainer(arguments(tmp_path), (SubspaceFactory, options))
+    options["model"] = run.model
     with pytest.raises(ValueError, match=r"so adam_beta1, adam_beta2, adam_epsilon, weight_decay would have been"):
         run.train()
     run = trainer(arguments(tmp_path), (so.GaLore, {"rank": 4, "weight_decay": 0.0}))

@@ -1,7 +1,8 @@
 """transformers' Trainer, and the trainers built on it: a factory, its options, and a check before training.
 
     args = TrainingArguments(…)
-    trainer = Trainer(model, args, …, optimizer_cls_and_kwargs=(SubspaceFactory, {"training_args": args, "rank": 128}))
+    options = {"training_args": args, "model": model, "rank": 128}
+    trainer = Trainer(model, args, …, optimizer_cls_and_kwargs=(SubspaceFactory, options))
     check_trainer(trainer)
 
 Needs no import of transformers itself.
@@ -31,9 +32,22 @@ _OF_MODULES = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_gr
 class SubspaceFactory:
     """Makes a Trainer's optimizer from its model, in groups of projected and dense, decayed and undecayed tensors.
 
-    Both forms in use are served: `SubspaceFactory()(model, **options)`, as transformers calls it, and
-    `SubspaceFactory()(model, training_args, **options)`, as axolotl does.
+    The forms in use are served: `SubspaceFactory()(model, **options)`, as transformers 5 calls it;
+    `SubspaceFactory()(model, training_args, **options)`, as axolotl does; and `SubspaceFactory(model, **options)`, as
+    transformers 4 does where "model" is among the options.
     """
+
+    def __new__(cls, model: Any = None, **options: Any) -> Any:
+        """A factory; of a model, its optimizer."""
+        factory = super().__new__(cls)
+        if model is None and not options:
+            return factory
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "SubspaceFactory was handed groups of parameters, as transformers 4 does, and needs the model; add "
+                '"model": model to the options of optimizer_cls_and_kwargs'
+            )
+        return factory(model, **options)
 
     def __call__(
         self,
@@ -43,6 +57,7 @@ class SubspaceFactory:
         name: str = "galore",
         optim_args: str | dict[str, Any] | None = None,
         optim_target_modules: str | list[str] | None = None,
+        model: nn.Module | None = None,
         **options: Any,
     ) -> SubspaceOptimizer:
         """Make the optimizer.
@@ -56,6 +71,7 @@ class SubspaceFactory:
             optim_args: more options, as "rank=64, update_proj_gap=100, scale=0.10" or a dict.
             optim_target_modules: what to project: substrings or regular expressions of names, one expression, or
                 "all-linear"; see `subspace_optim.param_groups`.
+            model: not looked at; among the options of a Trainer it is for transformers 4.
             **options: of `subspace_optim.create`; they come before those of `optim_args`.
 
         Raises:

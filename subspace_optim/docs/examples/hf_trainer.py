@@ -21,11 +21,12 @@ args = TrainingArguments(
     use_cpu=True,
     report_to="none",
 )
+model = LlamaForCausalLM(config)
 trainer = Trainer(
-    model=LlamaForCausalLM(config),
+    model=model,
     args=args,
     train_dataset=rows,
-    optimizer_cls_and_kwargs=(SubspaceFactory, {"name": "galore", "training_args": args}),
+    optimizer_cls_and_kwargs=(SubspaceFactory, {"name": "galore", "training_args": args, "model": model}),
 )
 optimizer = check_trainer(trainer)  # raises if a setting of the arguments would be ignored
 trainer.train()
