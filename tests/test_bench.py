@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from subspace_optim import cli
-from subspace_optim.kernels import reference
+from subspace_optim.kernels import native, reference
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
@@ -167,16 +168,18 @@ def test_the_benchmark_for_gpus_needs_one(bench, capsys):
 
 
 def test_arms_of_the_gpu_step_on_a_cpu(bench, monkeypatch):
-    """But for what only a GPU has: events, graphs and the count of launches."""
+    """But for what only a GPU has: events, what a graph replays and the count of launches."""
     monkeypatch.setattr(bench.gpu, "GPU", torch.device("cpu"))
-    monkeypatch.setattr(bench.gpu, "bare", lambda optimizer: optimizer.step)
-    monkeypatch.setattr(bench.gpu, "captured", lambda optimizer: optimizer.step)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
     monkeypatch.setattr(bench.gpu, "launches", lambda step: step())
     monkeypatch.setattr(bench.gpu, "timed", lambda steps, rounds: dict.fromkeys(steps, 1.0))
     monkeypatch.setitem(bench.gpu.RANKS, "tiny", (8,))
     rows = bench.gpu.measure("tiny", ["auto"], 1, bench.limits.Machine(1e9, 1e9))
     assert {"rank 8 auto", "rank 8 auto, SVD, 8 bits", "ours dense, fp32 state, auto"} <= {row["arm"] for row in rows}
     assert all(row["to_limit"] == 1 / max(row["bytes_ms"], row["flops_ms"]) for row in rows)
+    errors, holds = bench.gpu.parity("native" if native.supports(None) is None else "reference")
+    assert len(errors) == 6 and holds
 
 
 class Shape(NamedTuple):
