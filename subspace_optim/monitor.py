@@ -94,10 +94,11 @@ class Monitor(Observer):
 
     def report(self) -> list[LayerReport]:
         """Of every matrix, in the optimizer's order."""
-        return [self._layer(stream) for stream, _, _ in self._members()]
+        return [self._layer(stream) for stream in self._settle()]
 
     def begin(self) -> None:
         """Count steps, and look at every n-th."""
+        self._settle()
         self.looking = self._steps % self.every == 0
         self._steps += 1
 
@@ -165,10 +166,20 @@ class Monitor(Observer):
             rows.append(torch.stack(norms).square_())
         return torch.stack(rows)
 
+    def _settle(self) -> list[int]:
+        """The streams of all matrices, which are those of other matrices once a group has been removed."""
+        members = list(self._members())
+        if any(s not in self._layers or self._layers[s].name != name for s, name, _ in members):
+            known = {layer.name: layer for layer in self._layers.values()}
+            self._layers = {
+                s: known.get(name) or LayerReport(name, plan.whole.matrix, plan.side, plan.rank)
+                for s, name, plan in members
+            }
+        return [stream for stream, _, _ in members]
+
     def _layer(self, stream: int) -> LayerReport:
         if stream not in self._layers:
-            fresh = {s: LayerReport(name, plan.whole.matrix, plan.side, plan.rank) for s, name, plan in self._members()}
-            self._layers = fresh | self._layers
+            self._settle()
         return self._layers[stream]
 
     def _note(self, stream: int, **figures: float | None) -> None:

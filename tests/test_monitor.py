@@ -198,6 +198,21 @@ def test_a_group_added_later_is_seen_too():
     assert figures(opt)["late"].step == 1 and figures(opt)["tall"].step == 1
 
 
+def test_figures_stay_with_their_matrix_when_a_group_is_removed():
+    params = net(names=["tall", "wide", "twin"])
+    opt = so.GaLore([{"params": [(name, param)]} for name, param in params.items()], rank=2, update_proj_gap=2)
+    opt.watch(every=1)
+    train(params, opt, range(3))
+    before = figures(opt)
+    opt.param_groups.pop(1)
+    after = figures(opt)
+    gone = list(params)[1]
+    assert after == {name: layer for name, layer in before.items() if name != gone}
+    train(params, opt, [3])
+    assert figures(opt).keys() == after.keys()
+    assert all(figures(opt)[name].step == 4 and figures(opt)[name].shape == before[name].shape for name in after)
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, "10", True])
 def test_a_bad_interval_is_refused(every):
     opt = build(method("galore"), net())
