@@ -6,8 +6,10 @@ the reference holds.
 """
 
 import argparse
+import math
 import statistics
 import sys
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -18,7 +20,7 @@ from subspace_optim.types import Hyper, Moments, Weights
 
 from . import limits
 from .arms import LR, MODELS, NEVER, built, peers
-from .measures import RESULTS, machine, written
+from .measures import RESULTS, kept, machine, why_not
 
 GPU = torch.device("cuda")
 RANKS = {"60m": (128, 256), "1b": (256, 512, 1024)}
@@ -124,39 +126,55 @@ def captured(optimizer):
     return graph.replay
 
 
+def begun(optimizer):
+    """One step into its run: an ordinary step is next."""
+    optimizer.step()
+    return optimizer
+
+
 def arms(size, params, backends):
-    """Every arm by name: a call that takes one step, what it computes and at what rank, and the bits of its moments."""
-    yield FUSED, torch.optim.AdamW(params, lr=LR, fused=True).step, "adamw", 0, None
-    yield "torch foreach, bf16 state", torch.optim.AdamW(params, lr=LR, foreach=True).step, "adamw", 0, None
+    """Every arm by name: what makes a call that takes one step, its method and rank, and the bits of its moments."""
+
+    def torchs(**how):
+        return lambda: torch.optim.AdamW(params, lr=LR, **how).step
+
+    yield FUSED, torchs(fused=True), "adamw", 0, None
+    yield "torch foreach, bf16 state", torchs(foreach=True), "adamw", 0, None
     for backend in backends:
-        dense = so.SubspaceOptimizer(params, lr=LR, backend=backend)
-        yield f"ours dense, fp32 state, {backend}", dense.step, "adamw", 0, 32
+        dense = partial(so.SubspaceOptimizer, params, lr=LR, backend=backend)
+        yield f"ours dense, fp32 state, {backend}", lambda make=dense: make().step, "adamw", 0, 32
     for rank in RANKS[size]:
         projector = so.RandomProjection(rank, update_proj_gap=NEVER)  # an ordinary step: never a refresh but the first
         for backend in (*backends, "reference"):
-            opt = so.SubspaceOptimizer(params, projector, lr=LR, backend=backend)
-            opt.step()
-            yield f"rank {rank} {backend}", opt.step, "galore", rank, 32
+            make, what = (
+                partial(so.SubspaceOptimizer, params, projector, lr=LR, backend=backend),
+                f"rank {rank} {backend}",
+            )
+            yield what, lambda make=make: begun(make()).step, "galore", rank, 32
             if backend != "reference":
-                yield f"rank {rank} {backend}, graph of its kernels", bare(opt), "galore", rank, 32
+                yield f"{what}, graph of its kernels", lambda make=make: bare(begun(make())), "galore", rank, 32
     rank, backend = RANKS[size][0], backends[0]
-    rows = so.GradNormLoRP(params, rank=rank, update_proj_gap=NEVER, lr=LR, backend=backend, stagger=False)
-    rows.step()
-    yield f"rank {rank} {backend}, GradNormLoRP", rows.step, "gradnormlorp", rank, 32
-    learns = so.OnlineSubspaceDescent(params, rank=rank, lr=LR, backend=backend)
-    learns.step()
-    yield f"rank {rank} {backend}, OnlineSubspaceDescent", learns.step, "osd", rank, 32
-    yield f"rank {rank} {backend}, OnlineSubspaceDescent, graph of a step", captured(learns), "osd", rank, 32
+    common, what = {"lr": LR, "backend": backend}, f"rank {rank} {backend}"
+    rows = partial(so.GradNormLoRP, params, rank=rank, update_proj_gap=NEVER, stagger=False, **common)
+    yield f"{what}, GradNormLoRP", lambda: begun(rows()).step, "gradnormlorp", rank, 32
+    learns = partial(so.OnlineSubspaceDescent, params, rank=rank, **common)
+    yield f"{what}, OnlineSubspaceDescent", lambda: begun(learns()).step, "osd", rank, 32
+    yield f"{what}, OnlineSubspaceDescent, graph of a step", lambda: captured(begun(learns())), "osd", rank, 32
     for bits in (32, 8):  # with kept bases, as GaLore has them
-        kept = so.SVD(rank, update_proj_gap=NEVER)
-        opt = so.SubspaceOptimizer(params, kept, lr=LR, backend=backend, state_bits=bits, stagger=False)
-        opt.step()
-        yield f"rank {rank} {backend}, SVD, {bits} bits", opt.step, "galore", rank, bits
-        yield f"rank {rank} {backend}, SVD, {bits} bits, graph of a step", captured(opt), "galore", rank, bits
+        svd = so.SVD(rank, update_proj_gap=NEVER)
+        make = partial(so.SubspaceOptimizer, params, svd, state_bits=bits, stagger=False, **common)
+        yield f"{what}, SVD, {bits} bits", lambda make=make: begun(make()).step, "galore", rank, bits
+        yield (
+            f"{what}, SVD, {bits} bits, graph of a step",
+            lambda make=make: captured(begun(make())),
+            "galore",
+            rank,
+            bits,
+        )
     if size == PEERS_AT:
         others = peers()
         for name, opt in built(others, (params, [], rank)):
-            yield name, opt.step, others[name].method, rank, others[name].bits
+            yield name, lambda opt=opt: opt.step, others[name].method, rank, others[name].bits
 
 
 def measure(size, backends, rounds, able):
@@ -164,16 +182,19 @@ def measure(size, backends, rounds, able):
     params = [torch.nn.Parameter(torch.randn(s, device=GPU).mul_(0.02).bfloat16()) for s in shapes(size)]
     for param in params:
         param.grad = torch.randn(param.shape, device=GPU).mul_(1e-3).bfloat16()
-    steps, counted = {}, {}
-    for name, step, method, rank, bits in arms(size, params, backends):
-        steps[name] = step
+    steps, counted, rows = {}, {}, []
+    for name, make, method, rank, bits in arms(size, params, backends):
+        try:
+            steps[name] = make()
+        except Exception as error:  # what works is timed all the same
+            rows.append({"size": size, "arm": name, "failed": why_not(error)})
+            continue
         counted[name] = limits.work(method, shapes(size), [], rank, 2, bits)
     medians = timed(steps, rounds)
-    rows = []
     for name, median in medians.items():
         row = {"size": size, "arm": name, "ms": median, "launches": launches(steps[name])}
         row["to_fused"] = median / medians[FUSED]
-        row["to_dense_fp32"] = median / medians[f"ours dense, fp32 state, {backends[0]}"]
+        row["to_dense_fp32"] = median / medians.get(f"ours dense, fp32 state, {backends[0]}", math.nan)
         row |= able.milliseconds(counted[name])
         row["to_limit"] = median / max(row["bytes_ms"], row["flops_ms"])
         rows.append(row)
@@ -194,23 +215,30 @@ def main(arguments=None):
         sys.exit("no backend to time")
     able = ceilings()
     print(f"copy {able.bandwidth / 1e12:.2f} TB/s, bf16 product {able.rate / 1e12:.0f} TFLOP/s")
-    rows = []
-    print(f"{'size':5}{'arm':44}{'ms':>9}{'/fused':>8}{'/dense':>8}{'/limit':>8}{'launches':>9}")
-    for size in options.sizes:
-        for row in measure(size, backends, options.rounds, able):
-            rows.append(row)
-            ratios = "".join(f"{row[key]:8.2f}" for key in ("to_fused", "to_dense_fp32", "to_limit"))
-            print(f"{row['size']:5}{row['arm']:44}{row['ms']:9.3f}{ratios}{row['launches']:9}")
-    gpu = torch.cuda.get_device_name()
+    rows, gpu = [], torch.cuda.get_device_name()
     record = {
         "machine": machine() | {"gpu": gpu},
         "limit": able._asdict(),
         "parity": {what: error for errors, _ in checked.values() for what, error in errors.items()},
         "rows": rows,
     }
-    written(RESULTS, record, gpu)
-    if len(backends) < len(checked):
+    with kept(RESULTS, record, gpu):
+        print(f"{'size':5}{'arm':44}{'ms':>9}{'/fused':>8}{'/dense':>8}{'/limit':>8}{'launches':>9}")
+        for size in options.sizes:
+            for row in measure(size, backends, options.rounds, able):
+                rows.append(row)
+                print(line_of(row))
+    if len(backends) < len(checked) or any("failed" in row for row in rows):
         sys.exit(1)
+
+
+def line_of(row):
+    """A row of the table."""
+    begin = f"{row['size']:5}{row['arm']:44}"
+    if "failed" in row:
+        return f"{begin} {row['failed']}"
+    ratios = "".join(f"{row[key]:8.2f}" for key in ("to_fused", "to_dense_fp32", "to_limit"))
+    return f"{begin}{row['ms']:9.3f}{ratios}{row['launches']:9}"
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ python=${PYTHON:-python3}
 mkdir -p "$OUT" || exit 1
 failed=0
 
-part() { # name, seconds, command...
-  local name=$1 seconds=$2 status
+part() { # name, seconds, command...; all parts together end before 10 minutes, whatever each of them may take
+  local name=$1 seconds=$2 status left=$((580 - SECONDS))
   shift 2
+  [ "$left" -gt 0 ] || { missing "$name" "no time is left; ask for it alone"; return; }
   echo "== $name"
+  [ "$seconds" -le "$left" ] || seconds=$left
   timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$OUT/gpu.log" | tail -n 60
   status=${PIPESTATUS[0]}
   echo "== $name: exit $status after ${SECONDS} s" | tee -a "$OUT/gpu.log"
@@ -26,7 +28,7 @@ part() { # name, seconds, command...
 }
 
 missing() { # part, what is not there
-  echo "== $1: $2"
+  echo "== $1: $2" | tee -a "$OUT/gpu.log"
   failed=1
 }
 

@@ -4,9 +4,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -136,6 +139,22 @@ def written(folder, record, *names):
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(path)
     return path
+
+
+@contextmanager
+def kept(folder, record, *names):
+    """Write the record at the end, whatever ends it: an error, or a timeout's SIGTERM, leaves what there is by then."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        written(folder, record, *names)
+
+
+def why_not(error):
+    """An exception in a line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def machine():

@@ -23,7 +23,7 @@ from subspace_optim.planner import bytes_of, causal_loss, enable_checkpointing
 from subspace_optim.pretrain.machine import peak_bytes, storage_bytes
 from subspace_optim.sizes import SIZES, llama_options
 
-from .measures import RESULTS, machine, written
+from .measures import RESULTS, kept, machine, why_not
 
 BOUND = 0.05
 CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
@@ -32,9 +32,13 @@ CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
 def measured(size, settings, steps):
     """Bytes of tensors at the peak of `steps` steps as the settings of a plan have them, with their losses and time."""
     device = torch.device(settings["device"])
+    default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, settings["dtype"]))
-    with device:
-        model = LlamaForCausalLM(LlamaConfig(**llama_options(SIZES[size]))).train()
+    try:
+        with device:
+            model = LlamaForCausalLM(LlamaConfig(**llama_options(SIZES[size]))).train()
+    finally:
+        torch.set_default_dtype(default)
     if settings["checkpointing"]:
         enable_checkpointing(model)
     names = ("rank", "embedding_rank", "state_bits", "basis_bits")
@@ -77,29 +81,47 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
 
-    rows = {}
-    for size in options.sizes:
-        asked = {"batch": options.batch, "seq": options.seq, "accumulation": options.accumulation}
-        plan = so.plan(size, gpu=options.fit, device=options.device, **asked)
-        if not plan.fits:
-            if plan.fitting is None:
-                sys.exit(plan.verdict())
-            plan = plan.fitting
-        if options.fit and options.device == "cuda":
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((bytes_of(options.fit) - CONTEXT) / total)
-        found = measured(size, plan.settings, options.steps)
-        peak = found["measured"]
-        error = plan.allocated / peak - 1
-        rows[size] = {"plan": plan.to_dict(), "error": error} | found
-        planned = f"planned {plan.allocated / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB, {100 * error:+.1f} %"
-        took, loss = found["seconds"], found["losses"][-1]
-        print(f"{size}: {planned}; {options.steps} steps in {took:.1f} s, loss {loss:.3f}")
-    about, name = machine(), platform.machine()
+    about, name, rows = machine(), platform.machine(), {}
     if options.device == "cuda":
         name = about["gpu"] = torch.cuda.get_device_name()
-    written(options.out, {"machine": about, "rows": rows}, name, "plan", *options.sizes, *filter(None, [options.fit]))
-    return int(any(abs(row["error"]) > BOUND or not math.isfinite(sum(row["losses"])) for row in rows.values()))
+    what = (name, "plan", *options.sizes, *filter(None, [options.fit]))
+    with kept(options.out, {"machine": about, "rows": rows}, *what):
+        for size in options.sizes:
+            rows[size] = attempted(size, options)
+    return int(not all(map(holds, rows.values())))
+
+
+def attempted(size, options):
+    """A row, or why there is none: such as no room under the cap, which the planner should have foreseen."""
+    try:
+        return beside(size, options)
+    except Exception as error:
+        print(f"{size}: {why_not(error)}")
+        return {"failed": why_not(error)}
+
+
+def beside(size, options):
+    """What was planned for a size and what was measured."""
+    asked = {"batch": options.batch, "seq": options.seq, "accumulation": options.accumulation}
+    plan = so.plan(size, gpu=options.fit, device=options.device, **asked)
+    if not plan.fits:
+        if plan.fitting is None:
+            raise ValueError(plan.verdict())
+        plan = plan.fitting
+    if options.fit and options.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((bytes_of(options.fit) - CONTEXT) / total)
+    found = measured(size, plan.settings, options.steps)
+    peak = found["measured"]
+    error = plan.allocated / peak - 1
+    planned = f"planned {plan.allocated / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB, {100 * error:+.1f} %"
+    print(f"{size}: {planned}; {options.steps} steps in {found['seconds']:.1f} s, loss {found['losses'][-1]:.3f}")
+    return {"plan": plan.to_dict(), "error": error} | found
+
+
+def holds(row):
+    """Whether a run took what was planned, and came to an end with losses that are numbers."""
+    return "failed" not in row and abs(row["error"]) <= BOUND and math.isfinite(sum(row["losses"]))
 
 
 if __name__ == "__main__":

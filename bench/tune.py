@@ -18,7 +18,7 @@ from subspace_optim.kernels import select
 from subspace_optim.types import Hyper, Moments, Weights
 
 from .gpu import GPU, shapes, timed
-from .measures import RESULTS, machine, written
+from .measures import RESULTS, kept, machine, why_not
 
 CHOICES = {
     "rows": (16, 32, 64, 128, 256),
@@ -102,8 +102,11 @@ def tuned(kernels, key, until):
     """The fastest shape of a kernel, and all that was tried."""
     name, half, _ = key
     start = kernels.BLOCKS[key]
-    call, result = problem(kernels, name, half)
-    expected = result()
+    try:
+        call, result = problem(kernels, name, half)
+        expected = result()
+    except Exception as error:  # the next kernel may do better
+        return start, {start: why_not(error)}
 
     def measure(shape):
         kernels.BLOCKS[key] = shape
@@ -113,7 +116,7 @@ def tuned(kernels, key, until):
                 return f"differs by {error:.1e}"
             return timed({"call": call}, ROUNDS)["call"]
         except Exception as refused:  # the compiler's, or the driver's: one shape less
-            return f"{type(refused).__name__}: {str(refused).splitlines()[0]}"
+            return why_not(refused)
         finally:
             kernels.BLOCKS[key] = start
 
@@ -132,15 +135,14 @@ def main(arguments=None):
 
     capability = kernels._capability(GPU)
     keys = [kernels.block_key(name, dot, capability) for dot in ("bf16", "tf32x3") for name in options.kernels]
-    begin, record = time.monotonic(), {}
-    for i, key in enumerate(keys, 1):
-        best, tried = tuned(kernels, key, begin + options.seconds * i / len(keys))
-        start = next(iter(tried))
-        print(f"{key}, {len(tried)} tried: {tried[start]} ms {start}")
-        print(f"    fastest: {tried[best]} ms {best}")
-        record[str(key)] = [[shape._asdict(), took] for shape, took in tried.items()]
-    gpu = torch.cuda.get_device_name()
-    written(RESULTS, {"machine": machine() | {"gpu": gpu}, "tried": record}, gpu, "tune")
+    begin, record, gpu = time.monotonic(), {}, torch.cuda.get_device_name()
+    with kept(RESULTS, {"machine": machine() | {"gpu": gpu}, "tried": record}, gpu, "tune"):
+        for i, key in enumerate(keys, 1):
+            best, tried = tuned(kernels, key, begin + options.seconds * i / len(keys))
+            start = next(iter(tried))
+            print(f"{key}, {len(tried)} tried: {tried[start]} ms {start}")
+            print(f"    fastest: {tried[best]} ms {best}")
+            record[str(key)] = [[shape._asdict(), took] for shape, took in tried.items()]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ In CI on tiny shapes: native and reference; compiled has tests/test_compiled.py,
 import json
 import math
 import os
+import signal
 import subprocess
+import time
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,7 +30,7 @@ TINY = ["--model", "tiny", "--rounds", "1", "--backends", "auto", "reference"]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    names = ("arms", "gpu", "limits", "measures", "run", "tune")
+    names = ("arms", "gpu", "limits", "measures", "plan", "run", "tune")
     return SimpleNamespace(**{name: import_module(f"bench.{name}") for name in names})
 
 
@@ -122,14 +125,14 @@ def test_bytes_of_dense_adamw(bench):
         assert bench.limits.work("adamw", [], [(10, 100)], 0, itemsize, bits).bytes == 1000 * each
 
 
-def gpu_script(folder, *parts, failing="no call"):
+def gpu_script(folder, *parts, failing="no call", seconds=0):
     """Run bench/gpu.sh where every program writes down its call, and those with `failing` in it exit with 3."""
     tools = folder / "tools"
     tools.mkdir(parents=True)
     for name in ("python3", "nvcc", "nvidia-smi", "compute-sanitizer"):
         (tools / name).write_text(f'#!/bin/sh\ncase "$*" in *"{failing}"*) exit 3;; esac\necho "{name} $*"\n')
         (tools / name).chmod(0o755)
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(folder)}
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(folder), "SECONDS": str(seconds)}
     command = ["bash", str(ROOT / "bench/gpu.sh"), *parts]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -156,6 +159,52 @@ def test_the_script_for_gpus_goes_on_after_a_failure_and_says_so(tmp_path):
     assert memory.returncode == 1 and memory.stdout.count("bench.plan") == 3 and "7b in 20GB: exit 3" in memory.stdout
     wrong = gpu_script(tmp_path / "wrong", "memry")
     assert wrong.returncode == 2 and "memry" in wrong.stderr and not (tmp_path / "wrong" / "gpu.log").exists()
+
+
+def test_the_script_for_gpus_ends_in_time(tmp_path):
+    """A machine is lent for 10 minutes a command, which the limits of single parts may add up to."""
+    late = gpu_script(tmp_path / "late", seconds=600)
+    assert late.returncode == 1 and late.stdout.count("no time is left; ask for it alone") == 5
+    assert (tmp_path / "late" / "gpu.log").read_text().count("no time is left") == 5
+
+
+@pytest.mark.parametrize("end", ["an error", "a timeout"])
+def test_what_was_measured_is_kept_whatever_ends_it(bench, tmp_path, end):
+    record = {"machine": bench.measures.machine(), "rows": []}
+
+    def work():
+        with bench.measures.kept(tmp_path, record, "gpu"):
+            record["rows"].append(1)
+            if end == "an error":
+                raise ValueError
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises((ValueError, SystemExit)):
+        work()
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["rows"] == [1]
+
+
+def test_an_arm_that_fails_costs_no_other(bench, monkeypatch):
+    monkeypatch.setattr(bench.gpu, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(bench.gpu, "launches", lambda step: 1)
+    monkeypatch.setattr(bench.gpu, "timed", lambda steps, rounds: dict.fromkeys(steps, 1.0))
+    monkeypatch.setattr(bench.gpu, "captured", Mock(side_effect=RuntimeError("capture\nmore")))
+    monkeypatch.setattr(bench.gpu, "bare", lambda optimizer: optimizer.step)
+    monkeypatch.setitem(bench.gpu.RANKS, "tiny", (8,))
+    rows = bench.gpu.measure("tiny", ["auto"], 1, bench.limits.Machine(1e9, 1e9))
+    failed = [row for row in rows if "failed" in row]
+    assert len(failed) == 3 and {row["failed"] for row in failed} == {"RuntimeError: capture"}
+    assert sum("ms" in row for row in rows) > 6
+    assert all(bench.gpu.line_of(row).startswith("tiny ") for row in rows)
+
+
+def test_a_run_that_does_not_fit_is_a_row(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.plan, "measured", Mock(side_effect=torch.OutOfMemoryError("out of memory")))
+    assert bench.plan.main(["--sizes", "tiny", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["rows"] == {"tiny": {"failed": "OutOfMemoryError: out of memory"}}
 
 
 def test_the_benchmark_for_gpus_needs_one(bench, capsys):
