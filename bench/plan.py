@@ -9,6 +9,7 @@ On a CPU the peak is that of torch's allocator events, on a GPU `max_memory_allo
 """
 
 import argparse
+import gc
 import math
 import platform
 import sys
@@ -31,6 +32,7 @@ CONTEXT = 512 << 20  # taken by the planner's margin, and by no tensor
 
 def measured(size, settings, steps):
     """Bytes of tensors at the peak of `steps` steps as the settings of a plan have them, with their losses and time."""
+    gc.collect()  # what a size before has left in cycles is no part of this one's peak
     device = torch.device(settings["device"])
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, settings["dtype"]))
