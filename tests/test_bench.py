@@ -229,6 +229,7 @@ def test_arms_of_the_gpu_step_on_a_cpu(bench, monkeypatch):
     assert all(row["to_limit"] == 1 / max(row["bytes_ms"], row["flops_ms"]) for row in rows)
     errors, holds = bench.gpu.parity("native" if native.supports(None) is None else "reference")
     assert len(errors) == 6 and holds
+    assert bench.gpu.attempted_parity("nowhere")[1] is False
 
 
 class Shape(NamedTuple):
