@@ -426,7 +426,7 @@ class SubspaceOptimizer(StatefulOptimizer):
             if param.grad is None and param not in self.lows:
                 continue
             if param.grad is not None and param.grad.layout != torch.strided:
-                raise not_dense(self.name_of(param), param.grad)
+                raise not_dense(self.name_of(param), param.grad.layout)
             plan = self.plan_of(index, param)
             held = self.lows[param] if param in self.lows else [distributed.settled_grad(param)]
             for grad in held:
@@ -489,7 +489,7 @@ class SubspaceOptimizer(StatefulOptimizer):
                     "or a backward has run since; zero_grad() clears both"
                 )
             if grad is not None and grad.layout != torch.strided:
-                raise not_dense(name_in(group, i), grad)
+                raise not_dense(name_in(group, i), grad.layout)
             if param.dtype not in DTYPES:
                 raise not_optimizable(f"{name_in(group, i)} is", param.dtype)
             if grad is not None and grad.dtype not in DTYPES:

@@ -235,23 +235,27 @@ def average_gradients(opt: SubspaceOptimizer, group: dist.ProcessGroup | None = 
         if is_sharded(param):
             check_replicas(f"average_gradients: {opt.name_of(param)}", param, group)
     device = params[0][1].device if params else torch.device("cpu")
-    held = torch.tensor([(p in opt.lows, p.grad is not None) for _, p in params], dtype=torch.int32, device=device)
+    mine = [
+        (p in opt.lows, p.grad is not None, p.grad is not None and p.grad.layout != torch.strided) for _, p in params
+    ]
+    held = torch.tensor(mine, dtype=torch.int32, device=device)
     dist.all_reduce(held, group=group)
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for (index, param), (ahead, whole) in zip(params, held.tolist(), strict=True):
+    for (_, param), (ahead, whole, sparse) in zip(params, held.tolist(), strict=True):
         if ahead and whole:
             raise RuntimeError(
                 f"{opt.name_of(param)} was projected ahead on some ranks only; their states differ: "
                 "start from the same weights and checkpoint, and let every rank call backward and step alike"
             )
+        if sparse:  # on any rank: the others would wait for that one
+            raise not_dense(opt.name_of(param), "sparse")
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for (index, param), (ahead, whole, _) in zip(params, held.tolist(), strict=True):
         if ahead and param not in opt.lows:
             plan = opt.plan_of(index, param)
             low = torch.zeros(plan.low_shape, dtype=plan.state_dtype, device=plan.device)
             opt.add_low(param, [low.clone() for _ in plan.members])
         elif whole and param.grad is None:
             param.grad = torch.zeros_like(param)
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise not_dense(opt.name_of(param), param.grad)
         for tensor in opt.lows.get(param, ()) if ahead else [settled_grad(param)] * bool(whole):
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for tensors in alike.values():

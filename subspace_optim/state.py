@@ -552,9 +552,9 @@ def not_optimizable(what: str, dtype: torch.dtype) -> TypeError:
     return TypeError(f"{what} {dtype}; optimizable are {', '.join(map(str, DTYPES))}")
 
 
-def not_dense(name: str, grad: Tensor) -> TypeError:
+def not_dense(name: str, layout: object) -> TypeError:
     """What is raised for a sparse gradient."""
-    return TypeError(f"{name} has a {grad.layout} gradient; use a dense one (sparse=False)")
+    return TypeError(f"{name} has a {layout} gradient; use a dense one (sparse=False)")
 
 
 @lru_cache(maxsize=4096)

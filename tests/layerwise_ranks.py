@@ -204,6 +204,14 @@ def apart(rank):
     so.average_gradients(opt)
 
 
+def sparse(rank):
+    """One rank's gradient is sparse, which all of them say."""
+    net = nn.Embedding(40, 12, sparse=rank == 1)
+    opt = so.GaLore(net.named_parameters(), rank=4)
+    net(torch.arange(3)).sum().backward()
+    so.average_gradients(opt)
+
+
 def early():
     net = model()
     opt = optimizer(net)
@@ -226,6 +234,7 @@ def main(folder):
     found["resumed"] = resumed(rank, folder)
     found["early"] = message(RuntimeError, early)
     found["apart"] = message(RuntimeError, lambda: apart(rank))
+    found["sparse"] = message(TypeError, lambda: sparse(rank))
     torch.save(found, folder / f"{rank}.pt")
     leave()
 

@@ -841,6 +841,7 @@ def test_data_parallel_wrappers_are_refused(ranks):
         assert "has a gradient besides the one that was projected ahead" in saved["wrapped later"]
         assert "every rank has bases of its own gradients" in saved["early"]
         assert "0.weight was projected ahead on some ranks only" in saved["apart"]
+        assert saved["sparse"] == "weight has a sparse gradient; use a dense one (sparse=False)"
 
 
 @pytest.mark.distributed

@@ -219,7 +219,7 @@ _LLAMA = '{"hidden": 64, "intermediate": 96, "heads": 4, "layers": 3, '
 @pytest.mark.parametrize(
     "content",
     [
-        "[", "[]", '{"hidden_size": 64}', '{"hidden_size": "x"}', _LLAMA + '"num_key_value_heads": 2}',
+        "[", "[]", "[" * 100_000, '{"hidden_size": 64}', '{"hidden_size": "x"}', _LLAMA + '"num_key_value_heads": 2}',
         _LLAMA + '"tie_word_embeddings": true}', _LLAMA + '"model_type": "qwen2"}',
     ],
 )  # fmt: skip

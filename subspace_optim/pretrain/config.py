@@ -370,7 +370,7 @@ def _size(model: str) -> tuple[Size, dict[str, int]]:
         raise UserError(f"--model {model}: unknown; the sizes are {', '.join(SIZES)}; {hint}")
     try:
         found = json.loads(Path(model).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--model {model}: cannot be read as JSON ({error})") from error
     published = {
         "hidden_size": "hidden",
