@@ -702,7 +702,7 @@ def _weight_norm_part_(
     if side == "both":
         lows = _project_all(lows, rights, "right", wide, DOT[wide], finite=finite)
     if isinstance(moments, Codes):
-        updates = _coded_updates(lows, moments, steps, hyper, False, finite, corrections)
+        updates = coded_adam_update_(lows, moments, steps, hyper, False, finite, corrections)
     else:
         updates = _updates(lows, moments, steps, hyper, False, finite, corrections)
     if side == "both":
@@ -915,20 +915,9 @@ def coded_adam_update_(
     hyper: Hyper,
     eps_inside: bool = False,
     finite: Tensor | None = None,
-) -> list[Tensor]:
-    """N as coded_adam_ would apply it."""
-    return _coded_updates(lows, codes, steps, hyper, eps_inside, finite)
-
-
-def _coded_updates(
-    lows: Sequence[Tensor],
-    codes: Codes,
-    steps: list[Tensor],
-    hyper: Hyper,
-    eps_inside: bool,
-    finite: Tensor | None,
     corrections: Tensor | None = None,
 ) -> list[Tensor]:
+    """N as coded_adam_ would apply it; without corrections, the steps advance."""
     lows = [low.contiguous() for low in lows]
     out = list(torch.empty((len(lows), *lows[0].shape), dtype=torch.float32, device=lows[0].device).unbind())
     _step_coded(Weights(out, steps, finite=finite), lows, codes, hyper, eps_inside, corrections)
