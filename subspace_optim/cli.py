@@ -304,7 +304,7 @@ def _add_update_options(update: argparse._ActionsContainer) -> None:
     update.add_argument("--scale", type=float, metavar="X", help="of the projected update")
     update.add_argument("--lr", type=float, metavar="X", help="highest learning rate")
     update.add_argument(
-        "--dense-lr", type=float, metavar="X", help="of embeddings, head, vectors (default: that of --lr)"
+        "--dense-lr", type=float, metavar="X", help="of embeddings, head, vectors (default: that of --lr, if given)"
     )
     update.add_argument("--weight-decay", type=float, metavar="X", help="(default: 0)")
     update.add_argument("--betas", type=float, nargs=2, metavar="B", action=_Pair, help="decay of the moments")

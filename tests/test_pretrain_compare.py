@@ -102,15 +102,15 @@ def test_options_of_projections_are_kept_from_the_dense_ones():
 
 def test_a_run_may_have_options_of_its_own(tmp_path, corpus):
     """One optimizer at several rates; what all have does not reach where a run says otherwise."""
-    out, names = tmp_path / "out", ["adamw,lr=0.002", "galore,scale=0.1,seed=3", "galore,betas=0.8:0.9"]
+    out, names = tmp_path / "out", ["adamw,lr=0.002", "galore,scale=0.2,seed=3", "galore,betas=0.8:0.9"]
     common = ["--data", str(corpus), "--out", str(out), "--quiet", *MODEL, *BUDGET, *PROJECTED, "--steps", "2"]
     assert main(["compare", *names, *common, "--seed", "1"]) == 0
     found = json.loads((out / "compare.json").read_text())["runs"]
     assert list(found) == names
     one, two, three = (report["config"] for report in found.values())
     assert (one["optimizer"], one["lr"], one["rank"], one["seed"]) == ("adamw", 0.002, None, 1)
-    assert (two["optimizer"], two["scale"], two["seed"]) == ("galore", 0.1, 3)
-    assert (three["scale"], three["betas"], three["seed"]) == (0.25, [0.8, 0.9], 1)
+    assert (two["optimizer"], two["scale"], two["seed"]) == ("galore", 0.2, 3)
+    assert (three["scale"], three["betas"], three["seed"]) == (0.1, [0.8, 0.9], 1)
 
 
 @pytest.mark.parametrize(

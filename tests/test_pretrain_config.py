@@ -1,5 +1,6 @@
 """What is run when nothing is said, and what is refused when something wrong is."""
 
+import dataclasses
 import json
 import math
 
@@ -14,7 +15,7 @@ from subspace_optim.pretrain.config import GIB, SIZES, UserError, resolve
 
 def test_with_nothing_said_it_is_galore_on_tiny():
     run = resolve({})
-    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.25, 20)
+    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.1, 20)
     assert run.rank is not None and run.rank < run.hidden and run.device == "cpu"
     assert 300_000 < run.steps * run.tokens_per_step < 1_000_000
 
@@ -83,6 +84,15 @@ def test_what_is_said_is_kept():
     assert run.optimizer_options == {"weight_decay": 0.0, "seed": 5, **kept}
 
 
+@pytest.mark.parametrize("name", ["adamw", "grams"])
+def test_a_rate_of_their_own_for_embeddings_goes_with_the_rate_of_the_matrices(name):
+    chosen = resolve({"optimizer": name})
+    assert chosen.lr < chosen.dense_lr == resolve({"optimizer": "galore"}).lr
+    assert resolve({"optimizer": name, "lr": 0.002}).dense_lr is None
+    assert resolve({"optimizer": name, "dense_lr": 0.005}).dense_lr == 0.005
+    assert resolve({"optimizer": name, "model": "60m"}).dense_lr is None
+
+
 def test_storage_is_passed_on():
     said = {"state_bits": 8, "basis_bits": 4, "rounding": "kahan"}
     assert said.items() <= resolve(said).optimizer_options.items()
@@ -107,7 +117,7 @@ def test_a_configuration_survives_json(name):
     run = resolve({"optimizer": name, "betas": (0.8, 0.9), "data": ("a", "b")})
     assert config.RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
     older = {key: value for key, value in run.to_dict().items() if key not in config.BEFORE}
-    assert config.RunConfig.from_dict(older) == run
+    assert config.RunConfig.from_dict(older) == dataclasses.replace(run, dense_lr=None)
     for other in ({**older, "flavour": 1}, {key: value for key, value in older.items() if key != "lr"}):
         with pytest.raises(UserError, match="do not fit this version"):
             config.RunConfig.from_dict(other)

@@ -43,16 +43,29 @@ class OptimizerDefaults:
     scale: float | None = None
     update_proj_gap: int | None = None
     projected: bool = True
+    dense_lr: float | None = None  # of embeddings, head and vectors, unless the command line names a rate for all
 
 
 OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "adamw": OptimizerDefaults(1e-3, "GaLore paper's sweep for the full-rank baseline", projected=False),
     "galore": OptimizerDefaults(1e-2, "GaLore paper, 60M to 1B", scale=0.25, update_proj_gap=200),
-    "flora": OptimizerDefaults(1e-2, "ours, best at tiny; the paper has no LLaMA run", scale=0.1, update_proj_gap=200),
+    "flora": OptimizerDefaults(1e-2, "as at tiny; the paper has no LLaMA run", scale=0.1, update_proj_gap=200),
     "osd": OptimizerDefaults(1e-2, "Online Subspace Descent's script, 60M", scale=0.25, update_proj_gap=200),
     "gradnormlorp": OptimizerDefaults(1e-2, "GradNormLoRP's script", scale=0.25, update_proj_gap=250),
     "grams": OptimizerDefaults(1e-3, "Grams' default", projected=False),
     "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
+}
+
+# In a run as short as tiny's bases age fast, and a refresh costs little.
+_TRIED = "best of those tried at tiny"
+TINY_DEFAULTS: dict[str, OptimizerDefaults] = {
+    "adamw": OptimizerDefaults(3e-4, _TRIED, projected=False, dense_lr=1e-2),
+    "galore": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=20),
+    "flora": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
+    "osd": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
+    "gradnormlorp": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=20),
+    "grams": OptimizerDefaults(1e-3, _TRIED, projected=False, dense_lr=1e-2),
+    "apollo": OptimizerDefaults(1e-2, _TRIED, scale=0.03, update_proj_gap=200),
 }
 
 # Grid cells: the learning rate belongs to the rule, and what is projected takes GaLore's gap and scale.
@@ -64,16 +77,16 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
 
     Args:
         name: Of `create`: an optimizer, ``adamw``, or ``projector+rule[+transform]``.
-        model: Name of the size; 7b has its own learning rate and gap in the GaLore paper. In a run as short as tiny's
-            bases age fast, and a refresh costs little.
+        model: Name of the size; 7b has its own learning rate and gap in the GaLore paper, and tiny a table of its own.
 
     Returns:
         The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
         refused when the optimizer is made.
     """
     name = key_of(name)
-    if name in OPTIMIZER_DEFAULTS:
-        row = OPTIMIZER_DEFAULTS[name]
+    table = TINY_DEFAULTS if model == "tiny" else OPTIMIZER_DEFAULTS
+    if name in table:
+        row = table[name]
     else:
         projector, _, rest = name.partition("+")
         dense_lr, projected_lr = RULE_LR.get(rest.partition("+")[0], RULE_LR["adam"])
@@ -82,7 +95,7 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
         row = OptimizerDefaults(projected_lr, "ours, by rule", scale=0.25, update_proj_gap=200)
     if model == "7b" and row.projected:
         return OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
-    if model == "tiny" and (name in ("galore", "gradnormlorp") or name.startswith("svd+")):
+    if model == "tiny" and name.startswith("svd+"):
         return replace(row, update_proj_gap=20)
     return row
 
@@ -267,6 +280,8 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
                     f"leave {flag(key)} out, or choose an optimizer that projects"
                 )
         values["rank"] = None
+    if "lr" not in values:
+        values.setdefault("dense_lr", defaults.dense_lr)
     for key in ("update_proj_gap", "scale", "lr"):
         values.setdefault(key, getattr(defaults, key))
     fixed: dict[str, Any] = {

@@ -454,7 +454,8 @@ def introduce(run: Run) -> None:
     )
     defaults = optimizer_defaults(config.optimizer, config.model)
     source = f" ({defaults.source})" if config.lr == defaults.lr else ""
-    say(f"optimizer  {config.optimizer}, lr {config.lr:g}{source}")
+    dense = "" if config.dense_lr is None else f", {config.dense_lr:g} for embeddings, head and vectors"
+    say(f"optimizer  {config.optimizer}, lr {config.lr:g}{dense}{source}")
     for line in run.optimizer.summary().splitlines():
         say(f"           {line}")
     memory = "unsharded" if run.ranks.sharded else "memory"
