@@ -15,7 +15,7 @@ from subspace_optim.pretrain.config import GIB, SIZES, UserError, resolve
 
 def test_with_nothing_said_it_is_galore_on_tiny():
     run = resolve({})
-    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.1, 20)
+    assert (run.model, run.optimizer, run.lr, run.scale, run.update_proj_gap) == ("tiny", "galore", 0.01, 0.1, 10)
     assert run.rank is not None and run.rank < run.hidden and run.device == "cpu"
     assert 300_000 < run.steps * run.tokens_per_step < 1_000_000
 
@@ -63,7 +63,7 @@ def test_every_optimizer_is_made_from_its_defaults(name):
     model = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.Linear(48, 32))
     optimizer = so.create(model, run.optimizer, **run.optimizer_options)
     assert optimizer.param_groups[0]["lr"] == run.lr
-    assert config.optimizer_defaults(name, "tiny").source
+    assert config.optimizer_defaults(name, "tiny", 320).source
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,15 @@ def test_every_optimizer_is_made_from_its_defaults(name):
 )
 def test_however_a_name_is_written_its_defaults_are_the_same(name, key):
     assert resolve({"optimizer": name}) == resolve({"optimizer": key})
+
+
+@pytest.mark.parametrize("name", ["galore", "gradnormlorp", "svd+lion"])
+@pytest.mark.parametrize(("steps", "gap"), [(1, 1), (160, 5), (1000, 31), (1_000_000, 200)])
+def test_a_short_run_renews_its_bases_often(name, steps, gap):
+    published = 250 if name == "gradnormlorp" and gap == 200 else gap
+    assert resolve({"optimizer": name, "model": "60m", "steps": steps}).update_proj_gap == published
+    assert resolve({"optimizer": name, "steps": steps, "update_proj_gap": 7}).update_proj_gap == 7
+    assert resolve({"optimizer": "flora", "steps": steps}).update_proj_gap == 200
 
 
 def test_what_is_said_is_kept():
@@ -87,7 +96,7 @@ def test_what_is_said_is_kept():
 @pytest.mark.parametrize("name", ["adamw", "grams"])
 def test_a_rate_of_their_own_for_embeddings_goes_with_the_rate_of_the_matrices(name):
     chosen = resolve({"optimizer": name})
-    assert chosen.lr < chosen.dense_lr == resolve({"optimizer": "galore"}).lr
+    assert chosen.lr < resolve({"optimizer": "galore"}).lr <= chosen.dense_lr
     assert resolve({"optimizer": name, "lr": 0.002}).dense_lr is None
     assert resolve({"optimizer": name, "dense_lr": 0.005}).dense_lr == 0.005
     assert resolve({"optimizer": name, "model": "60m"}).dense_lr is None

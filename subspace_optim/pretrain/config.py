@@ -56,15 +56,16 @@ OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
 }
 
-# In a run as short as tiny's bases age fast, and a refresh costs little.
+RENEWALS = 32  # in a run, of every basis made from gradients, or more: early on it ages fast, and one costs little
+
 _TRIED = "best of those tried at tiny"
 TINY_DEFAULTS: dict[str, OptimizerDefaults] = {
     "adamw": OptimizerDefaults(3e-4, _TRIED, projected=False, dense_lr=1e-2),
-    "galore": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=20),
+    "galore": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
     "flora": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
     "osd": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
-    "gradnormlorp": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=20),
-    "grams": OptimizerDefaults(1e-3, _TRIED, projected=False, dense_lr=1e-2),
+    "gradnormlorp": OptimizerDefaults(1e-2, _TRIED, scale=0.1, update_proj_gap=200),
+    "grams": OptimizerDefaults(1e-3, _TRIED, projected=False, dense_lr=5e-2),
     "apollo": OptimizerDefaults(1e-2, _TRIED, scale=0.03, update_proj_gap=200),
 }
 
@@ -72,12 +73,13 @@ TINY_DEFAULTS: dict[str, OptimizerDefaults] = {
 RULE_LR = {"adam": (1e-3, 1e-2), "adafactor": (1e-2, 1e-2), "lion": (3e-4, 1e-3), "momentum": (1e-1, 1e-1)}
 
 
-def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
+def optimizer_defaults(name: str, model: str, steps: int) -> OptimizerDefaults:
     """Defaults of an optimizer or grid cell for a model size.
 
     Args:
         name: Of `create`: an optimizer, ``adamw``, or ``projector+rule[+transform]``.
         model: Name of the size; 7b has its own learning rate and gap in the GaLore paper, and tiny a table of its own.
+        steps: Of the run.
 
     Returns:
         The row of the table, or for a cell of the grid one made from its rule; an unknown name gets GaLore's, and is
@@ -92,11 +94,11 @@ def optimizer_defaults(name: str, model: str) -> OptimizerDefaults:
         dense_lr, projected_lr = RULE_LR.get(rest.partition("+")[0], RULE_LR["adam"])
         if projector == "none":
             return OptimizerDefaults(dense_lr, "ours, by rule", projected=False)
-        row = OptimizerDefaults(projected_lr, "ours, by rule", scale=0.25, update_proj_gap=200)
+        row = OptimizerDefaults(projected_lr, "ours, by rule", scale=table["galore"].scale, update_proj_gap=200)
     if model == "7b" and row.projected:
-        return OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
-    if model == "tiny" and name.startswith("svd+"):
-        return replace(row, update_proj_gap=20)
+        row = OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
+    if row.update_proj_gap and (name in ("galore", "gradnormlorp") or name.startswith("svd+")):
+        row = replace(row, update_proj_gap=min(row.update_proj_gap, max(1, steps // RENEWALS)))
     return row
 
 
@@ -257,7 +259,7 @@ def resolve(given: Mapping[str, Any]) -> RunConfig:
         values["steps"] = steps_of(given, values["batch_size"] * values["accumulate"] * values["seq_len"])
 
     values["optimizer"] = key_of(values.get("optimizer", "galore"))
-    defaults = optimizer_defaults(values["optimizer"], values["model"])
+    defaults = optimizer_defaults(values["optimizer"], values["model"], values["steps"])
     if defaults.projected or (values["optimizer"] == "grams" and "rank" in given):
         narrow = min(values["hidden"], values["intermediate"])
         values.setdefault("rank", size.rank if narrow == size.hidden else max(1, narrow // 4))

@@ -452,7 +452,7 @@ def introduce(run: Run) -> None:
         f"data       {text}: {count(corpus.tokens['train'])} tokens to train on, "
         f"{count(corpus.tokens['validation'])} held out, vocabulary {corpus.vocab_size}"
     )
-    defaults = optimizer_defaults(config.optimizer, config.model)
+    defaults = optimizer_defaults(config.optimizer, config.model, config.steps)
     source = f" ({defaults.source})" if config.lr == defaults.lr else ""
     dense = "" if config.dense_lr is None else f", {config.dense_lr:g} for embeddings, head and vectors"
     say(f"optimizer  {config.optimizer}, lr {config.lr:g}{dense}{source}")
