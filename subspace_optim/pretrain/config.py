@@ -56,7 +56,9 @@ OPTIMIZER_DEFAULTS: dict[str, OptimizerDefaults] = {
     "apollo": OptimizerDefaults(1e-2, "APOLLO paper", scale=1.0, update_proj_gap=200),
 }
 
-RENEWALS = 32  # in a run, of every basis made from gradients, or more: early on it ages fast, and one costs little
+# Of a basis made from gradients, which ages fastest early in training: in a short run it is renewed this many times,
+# with this gap at least. The published gaps are those of long ones.
+RENEWALS, LEAST_GAP = 32, 10
 
 _TRIED = "best of those tried at tiny"
 TINY_DEFAULTS: dict[str, OptimizerDefaults] = {
@@ -98,7 +100,7 @@ def optimizer_defaults(name: str, model: str, steps: int) -> OptimizerDefaults:
     if model == "7b" and row.projected:
         row = OptimizerDefaults(0.005, "GaLore paper, 7B", row.scale, 500)
     if row.update_proj_gap and (name in ("galore", "gradnormlorp") or name.startswith("svd+")):
-        row = replace(row, update_proj_gap=min(row.update_proj_gap, max(1, steps // RENEWALS)))
+        row = replace(row, update_proj_gap=min(row.update_proj_gap, max(LEAST_GAP, steps // RENEWALS)))
     return row
 
 
